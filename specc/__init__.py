@@ -1,0 +1,56 @@
+"""specc compiles speculative decoding for stock Hugging Face models.
+
+Importing this package imports neither torch nor transformers: torch imports it by itself when
+``TORCH_LOGS="+specc"`` is set, near the end of its own import.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from specc.errors import (
+        CaptureError,
+        InputError,
+        OptionError,
+        PassError,
+        ProviderError,
+        SpeccError,
+        UnsupportedError,
+    )
+    from specc.options import Options
+
+__version__ = "0.1.0"
+
+_MEMBERS = {
+    "specc.errors": (
+        "CaptureError",
+        "InputError",
+        "OptionError",
+        "PassError",
+        "ProviderError",
+        "SpeccError",
+        "UnsupportedError",
+    ),
+    "specc.options": ("Options",),
+}
+_HOMES = {name: module for module, names in _MEMBERS.items() for name in names}
+
+__all__ = [
+    "CaptureError",
+    "InputError",
+    "OptionError",
+    "Options",
+    "PassError",
+    "ProviderError",
+    "SpeccError",
+    "UnsupportedError",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'specc' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

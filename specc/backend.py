@@ -1,0 +1,44 @@
+"""``torch.compile(model, backend="specc")``: found through its entry point, no import needed."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch.fx import GraphModule
+
+from specc.errors import OptionError
+from specc.options import Options
+from specc.pipeline import compile_graph
+
+
+class SpeccBackend:
+    """The backend object: callable as torch wants it, and reset by ``torch.compiler.reset()``."""
+
+    def __call__(
+        self,
+        gm: GraphModule,
+        example_inputs: list[Any],
+        *,
+        mode: str | None = None,
+        options: Mapping[str, Any] | None = None,
+        **unknown: Any,
+    ) -> Callable[..., Any]:
+        """Compile a captured graph for inference. ``options``: the fields of specc.Options.
+
+        Raises OptionError for options specc does not have; the callable refuses to compute gradients.
+        """
+        if unknown:
+            names = ", ".join(sorted(unknown))
+            raise OptionError(f"specc's backend takes mode= and options=, not {names}")
+        return compile_graph(gm, example_inputs, Options.parse(options), mode)
+
+    def reset(self) -> None:
+        """Drop every compiled step specc holds; torch drops the graphs themselves."""
+        sessions = sys.modules.get("specc.runtime.compiled")
+        if sessions is not None:
+            sessions.reset()
+
+
+specc = SpeccBackend()

@@ -1,0 +1,168 @@
+"""Private torch and transformers imports, in one place, with the versions they were seen in.
+
+Everything here is import-time light: each function imports what it names when it is called.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import types
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+# --- torch 2.11 and 2.13 ------------------------------------------------------------------------
+
+
+def aot_compile(
+    gm: torch.fx.GraphModule,
+    example_inputs: list[Any],
+    *,
+    training: Callable[..., Any],
+    inference: Callable[..., Any],
+    functionalize: bool,
+) -> Callable[..., Any]:
+    """AOT Autograd without decompositions; ``inference(aten_gm, fake_inputs)`` compiles the graph."""
+    from torch._functorch.aot_autograd import aot_module_simplified
+
+    return aot_module_simplified(
+        gm,
+        example_inputs,
+        fw_compiler=training,
+        bw_compiler=training,
+        inference_compiler=inference,
+        keep_inference_input_mutations=True,
+        disable_functionalization=not functionalize,
+    )
+
+
+def cacheable(compiler: Callable[..., Any]) -> Callable[..., Any]:
+    """Mark a compiler whose result is an OutputCode, so that torch may keep it on disk."""
+    from torch._functorch.aot_autograd import SerializableAOTDispatchCompiler
+    from torch._inductor.output_code import OutputCode
+
+    return SerializableAOTDispatchCompiler(OutputCode, compiler)
+
+
+@contextlib.contextmanager
+def cache_salt(key: str, functions: Mapping[str, str]) -> Iterator[None]:
+    """Make ``key`` part of torch's cache key, and let graphs that call ``functions`` be cached."""
+    import torch._inductor.config as inductor_config
+
+    salted = {
+        **inductor_config.unsafe_marked_cacheable_functions,
+        **functions,
+        "specc.passes": key,
+    }
+    with inductor_config.patch(unsafe_marked_cacheable_functions=salted):
+        yield
+
+
+def inductor_compile(
+    aten_gm: torch.fx.GraphModule,
+    fake_inputs: list[Any],
+    extra_decompositions: Mapping[Any, Callable[..., Any]],
+    config_patches: Mapping[str, Any],
+) -> Any:
+    """Retrace with Inductor's decompositions (and ours), then hand the graph to Inductor."""
+    import torch._inductor.config as inductor_config
+    from torch._guards import TracingContext
+    from torch._inductor.compile_fx import compile_fx_inner
+    from torch._inductor.decomposition import select_decomp_table
+    from torch._inductor.utils import BoxedBool
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.fx.traceback import preserve_node_meta
+
+    metadata = TracingContext.get().fw_metadata
+    static_inputs = metadata.static_input_indices if metadata is not None else []
+    with preserve_node_meta(), inductor_config.patch(dict(config_patches)):
+        table = {**select_decomp_table(), **extra_decompositions}
+        lowered = make_fx(torch.fx.Interpreter(aten_gm).run, decomposition_table=table)(*fake_inputs)
+        return compile_fx_inner(
+            lowered,
+            fake_inputs,
+            is_inference=True,
+            static_input_idxs=tuple(static_inputs),
+            cudagraphs=BoxedBool(False),
+        )
+
+
+def boxed(function: Callable[..., Any]) -> Callable[..., Any]:
+    from functorch.compile import make_boxed_func
+
+    return make_boxed_func(function)
+
+
+def inductor_mode_patches(mode: str) -> dict[str, Any]:
+    """The Inductor settings behind ``torch.compile(mode=...)``."""
+    from torch._inductor import list_mode_options
+
+    return list_mode_options(mode)
+
+
+def cpp_compiler_obstacle() -> str | None:
+    """Why Inductor cannot build C++ here, or None."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except (InvalidCxxCompiler, RuntimeError) as error:
+        return str(error).splitlines()[0]
+    return None
+
+
+def fresh_code(function: types.FunctionType) -> types.FunctionType:
+    """A copy of ``function`` with a code object of its own.
+
+    Dynamo keeps compiled graphs, and counts recompiles, per code object: two models that share one
+    would share its limit.
+    """
+    copy = types.FunctionType(
+        function.__code__.replace(),
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
+
+
+def compile_id() -> str:
+    """The compile that is under way, as torch's logs name it ("0/0"), or "none"."""
+    from torch._guards import CompileContext
+
+    current = CompileContext.current_compile_id()
+    return str(current) if current is not None else "none"
+
+
+def trace_artifact(name: str, payload: Callable[[], str]) -> None:
+    """Add an artifact to TORCH_TRACE's structured log; ``payload`` is only called if one is kept."""
+    from torch._logging import trace_structured
+
+    trace_structured(
+        "artifact",
+        metadata_fn=lambda: {"name": name, "encoding": "string"},
+        payload_fn=payload,
+    )
+
+
+# --- transformers 5.17 and 5.23 -----------------------------------------------------------------
+
+
+def caller_argument(name: str) -> Any:
+    """The local ``name`` of the ``model.generate`` that is calling specc as custom_generate.
+
+    generate drops streamer, assistant_model, tokenizer and synced_gpus on the way to a callable; this
+    is the only place where they can still be seen, so that specc can refuse instead of losing them.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        local = frame.f_locals
+        if frame.f_code.co_name == "generate" and "custom_generate" in local and "self" in local:
+            return local.get(name)
+        frame = frame.f_back
+    return None

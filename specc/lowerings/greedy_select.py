@@ -1,0 +1,50 @@
+"""``specc::greedy_select``: the most likely token of each row, by a rule that holds on every device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from specc.lowerings import triton_kernels
+from specc.lowerings.devices import device_kind
+from specc.lowerings.framework import Provider, Reason, define_op
+
+
+def reference(logits: Tensor) -> Tensor:
+    """Index of the first maximum along the last dimension.
+
+    logits: floating [..., V], V >= 1. Returns int64 [...], always in [0, V).
+    The rule: the lowest index among equal maxima; NaN is below every number, -inf included; a row
+    without a number above -inf gives 0. ``torch.argmax`` agrees except that it lets NaN win.
+    """
+    numbers = torch.where(torch.isnan(logits), -torch.inf, logits)
+    return numbers.argmax(dim=-1)
+
+
+def _fake(logits: Tensor) -> Tensor:
+    torch._check(logits.dim() >= 1, lambda: "greedy_select: logits must be [..., V]")
+    torch._check(logits.shape[-1] >= 1, lambda: "greedy_select: V must be at least 1")
+    return logits.new_empty(logits.shape[:-1], dtype=torch.int64)
+
+
+def _triton_supports(logits: Tensor) -> Reason:
+    if device_kind(logits.device) not in ("cuda", "hip"):
+        return f"needs a CUDA or HIP device, got {logits.device.type}"
+    if logits.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"has no kernel for {logits.dtype}"
+    return triton_kernels.obstacle()
+
+
+def _triton(logits: Tensor) -> Tensor:
+    from specc.lowerings.triton_kernels import argmax
+
+    return argmax.split_argmax(logits)
+
+
+greedy_select = define_op(
+    "greedy_select",
+    "(Tensor logits) -> Tensor",
+    reference,
+    _fake,
+    (Provider("triton", _triton, _triton_supports, priority=10),),
+)

@@ -1,0 +1,105 @@
+"""The typed options of ``torch.compile(model, backend="specc", options={...})`` and of the drop-in."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from specc.errors import OptionError
+
+
+def _is_bool(value: object) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_optional_bool(value: object) -> bool:
+    return value is None or isinstance(value, bool)
+
+
+def _is_optional_str(value: object) -> bool:
+    return value is None or isinstance(value, str)
+
+
+def _is_names(value: object) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(name, str) for name in value)
+
+
+def _is_provider_table(value: object) -> bool:
+    return isinstance(value, Mapping) and all(
+        isinstance(op, str) and isinstance(provider, str) for op, provider in value.items()
+    )
+
+
+def _option(default: Any, accepts: Callable[[object], bool], kind: str, meaning: str) -> Any:
+    return dataclasses.field(default=default, metadata={"accepts": accepts, "kind": kind, "meaning": meaning})
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What a compile can be told. Every field is a valid key of ``options={...}``.
+
+    ``inductor``: True or False forces Inductor on or off; None (the default) uses it wherever it can
+    build code for the graph's device. Off, the graph runs as captured, with in-place ops in place.
+
+    ``disable_passes``: names of passes to leave out, for finding out what a pass changes.
+
+    ``providers``: operator name -> provider name, to force one (``{"greedy_select": "reference"}``).
+
+    ``dump``: a folder for graph dumps; None takes ``SPECC_DUMP`` from the environment, if set.
+
+    ``max_autotune``: let Inductor time its candidate kernels (longer compiles).
+    """
+
+    inductor: bool | None = _option(
+        None, _is_optional_bool, "True, False or None", "use Inductor; None = where it can"
+    )
+    disable_passes: tuple[str, ...] = _option((), _is_names, "a list of pass names", "passes to leave out")
+    providers: tuple[tuple[str, str], ...] = _option(
+        (), _is_provider_table, "a dict of op name -> provider name", "providers to force"
+    )
+    dump: str | None = _option(None, _is_optional_str, "a folder or None", "where to write graph dumps")
+    max_autotune: bool = _option(False, _is_bool, "True or False", "let Inductor time candidate kernels")
+
+    @classmethod
+    def parse(cls, options: Options | Mapping[str, Any] | None) -> Options:
+        """Check ``options`` and freeze them.
+
+        Raises OptionError, listing the valid options, for an unknown name or a value of the wrong type.
+        """
+        if options is None:
+            return cls()
+        if isinstance(options, cls):
+            return options
+        if not isinstance(options, Mapping):
+            raise OptionError(
+                f"options must be a dict or specc.Options, got {type(options).__name__}; {_valid()}"
+            )
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        for name, value in options.items():
+            if name not in fields:
+                raise OptionError(f"specc has no option {name!r}; {_valid()}")
+            if not fields[name].metadata["accepts"](value):
+                kind = fields[name].metadata["kind"]
+                raise OptionError(
+                    f"option {name!r} must be {kind}, got {value!r} ({type(value).__name__}); {_valid()}"
+                )
+        return cls(**{name: _freeze(value) for name, value in options.items()})
+
+    def fingerprint(self) -> str:
+        """Text that differs whenever the code a compile produces may differ (dumping does not)."""
+        return repr(dataclasses.replace(self, dump=None))
+
+
+def _freeze(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return tuple(sorted(value.items()))
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _valid() -> str:
+    rows = (
+        f"{field.name} ({field.metadata['kind']}: {field.metadata['meaning']})"
+        for field in dataclasses.fields(Options)
+    )
+    return "valid options: " + "; ".join(rows)
