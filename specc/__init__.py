@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from specc.dropin import SpeccOutput, attach, detach, generate
     from specc.errors import (
         CaptureError,
         InputError,
@@ -33,6 +34,7 @@ _MEMBERS = {
         "SpeccError",
         "UnsupportedError",
     ),
+    "specc.dropin": ("SpeccOutput", "attach", "detach", "generate"),
     "specc.options": ("Options",),
 }
 _HOMES = {name: module for module, names in _MEMBERS.items() for name in names}
@@ -45,8 +47,12 @@ __all__ = [
     "PassError",
     "ProviderError",
     "SpeccError",
+    "SpeccOutput",
     "UnsupportedError",
     "__version__",
+    "attach",
+    "detach",
+    "generate",
 ]
 
 

@@ -131,6 +131,22 @@ def fresh_code(function: types.FunctionType) -> types.FunctionType:
     return copy
 
 
+def dynamo_errors() -> tuple[type[Exception], ...]:
+    """What a torch.compile'd call raises when the capture or the backend fails."""
+    from torch._dynamo.exc import TorchDynamoException
+
+    return (TorchDynamoException,)
+
+
+def user_line(error: Exception) -> str:
+    """The line of Python at which Dynamo gave up, as ``file:line: code``."""
+    stack = getattr(error, "real_stack", None)
+    if not stack:
+        return "unknown source"
+    frame = stack[-1]
+    return f"{frame.filename}:{frame.lineno}: {frame.line}"
+
+
 def compile_id() -> str:
     """The compile that is under way, as torch's logs name it ("0/0"), or "none"."""
     from torch._guards import CompileContext

@@ -1,0 +1,196 @@
+"""What specc.generate looks at before any work starts, and the sentences it refuses with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specc.errors import InputError, UnsupportedError
+from specc.runtime.masks import MaskPlan
+
+MAX_DRAFT_TOKENS = 64
+DRAFTS = "draft='ngram' (prompt lookup) or draft=<a causal LM of the same vocabulary>"
+
+Wrong = Callable[[Any], bool]
+
+
+def _given(value: Any) -> bool:
+    return value is not None and value is not False
+
+
+def _above_one(value: Any) -> bool:
+    return value is not None and value > 1
+
+
+# Generation settings that change what is computed, and what to do instead.
+REFUSED_SETTINGS: dict[str, tuple[Wrong, str]] = {
+    "do_sample": (_given, "sampling is not supported yet: pass do_sample=False"),
+    "num_beams": (_above_one, "beam search is not supported: pass num_beams=1"),
+    "num_return_sequences": (
+        _above_one,
+        "greedy decoding has one answer per prompt: pass num_return_sequences=1",
+    ),
+    "output_scores": (_given, "scores are not kept yet: pass output_scores=False"),
+    "output_logits": (_given, "logits are not kept yet: pass output_logits=False"),
+    "output_attentions": (_given, "attentions are not kept: pass output_attentions=False"),
+    "output_hidden_states": (_given, "hidden states are not kept: pass output_hidden_states=False"),
+    "use_cache": (lambda value: value is False, "specc works over a cache: pass use_cache=True"),
+    "prompt_lookup_num_tokens": (
+        _given,
+        "specc has prompt lookup of its own: pass draft='ngram' and num_draft_tokens",
+    ),
+    "assistant_early_exit": (_given, "early exit is not supported: pass draft='ngram'"),
+    "use_mtp": (_given, "MTP heads are not supported yet: pass draft='ngram'"),
+    "penalty_alpha": (_given, "contrastive search is not supported: leave penalty_alpha out"),
+    "dola_layers": (_given, "DoLa decoding is not supported: leave dola_layers out"),
+    "prefill_chunk_size": (_given, "chunked prefill is not supported yet: leave it out"),
+    "token_healing": (_given, "token healing is not supported: leave token_healing out"),
+}
+
+# Arguments of generate that specc would have to ignore, and what to do instead.
+REFUSED_ARGUMENTS: dict[str, str] = {
+    "assistant_model": "pass the assistant as draft=",
+    "assistant_tokenizer": "specc's assistants share the model's vocabulary: leave it out",
+    "synced_gpus": "models spread over several processes are not supported yet: leave it out",
+    "prefix_allowed_tokens_fn": "it is a logits processor, which specc does not run yet: leave it out",
+    "negative_prompt_ids": "classifier-free guidance is not supported: leave it out",
+    "negative_prompt_attention_mask": "classifier-free guidance is not supported: leave it out",
+    "custom_generate": "specc.generate is the custom_generate: leave it out",
+    "inputs_embeds": "specc needs token ids: pass input_ids",
+    "past_key_values": "specc keeps a cache of its own: pass the whole text as input_ids",
+    "position_ids": "positions follow from attention_mask: leave position_ids out",
+}
+
+# What GenerationMixin.generate adds to the model's arguments by itself.
+PREPARED_ARGUMENTS = frozenset(
+    {"attention_mask", "position_ids", "logits_to_keep", "past_key_values", "use_cache", "cache_position"}
+)
+
+
+def check_settings(settings: Mapping[str, Any]) -> None:
+    """Refuse generation settings specc does not follow. settings: name -> effective value."""
+    for name, (wrong, sentence) in REFUSED_SETTINGS.items():
+        if wrong(settings.get(name)):
+            raise UnsupportedError(f"{name}={settings[name]!r}: {sentence}")
+
+
+def check_arguments(arguments: Mapping[str, Any]) -> None:
+    """Refuse arguments of generate that specc would have to ignore."""
+    for name, sentence in REFUSED_ARGUMENTS.items():
+        if arguments.get(name) is not None:
+            raise UnsupportedError(f"{name} is not supported: {sentence}")
+
+
+def check_model(model: Any, what: str = "the model") -> None:
+    """A causal LM in evaluation mode, on one device, with layers that specc can roll back."""
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(model, "can_generate"):
+        raise InputError(f"{what} must be a Hugging Face causal LM, got {type(model).__name__}")
+    if getattr(config, "is_encoder_decoder", False) or not model.can_generate():
+        raise UnsupportedError(f"{what} ({type(model).__name__}) is no causal LM: specc needs one")
+    if model.training:
+        raise InputError(f"{what} is in training mode: call model.eval() first")
+    devices = sorted({str(parameter.device) for parameter in model.parameters()})
+    if len(devices) != 1:
+        raise InputError(f"{what} is spread over {', '.join(devices)}: move all of it to one device")
+    if devices == ["meta"]:
+        raise InputError(f"{what} has no weights (device 'meta'): load them first")
+    if getattr(model, "_is_stateful", False):
+        raise UnsupportedError(
+            f"{what} ({type(model).__name__}) has recurrent layers, whose state specc cannot roll back "
+            f"yet: use the model's own generate"
+        )
+    MaskPlan.of(model)
+
+
+def check_draft(draft: Any, model: Any, given: bool = True) -> None:
+    """``draft`` is there, known, and fits the model."""
+    if not given or draft is None:
+        raise InputError(f"draft is missing: pass {DRAFTS}")
+    if draft == "ngram":
+        return
+    if not isinstance(draft, torch.nn.Module):
+        raise InputError(f"unknown draft {draft!r}: pass {DRAFTS}")
+    check_model(draft, "the draft model")
+    ours, theirs = _vocabulary(model), _vocabulary(draft)
+    if ours != theirs:
+        raise InputError(
+            f"the draft model has a vocabulary of {theirs} tokens and the model one of {ours}: "
+            f"choose a draft model with the same tokenizer, or draft='ngram'"
+        )
+    if draft.device != model.device:
+        raise InputError(
+            f"the draft model is on {draft.device} and the model on {model.device}: "
+            f"move the draft model to {model.device}"
+        )
+
+
+def check_num_draft_tokens(value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MAX_DRAFT_TOKENS:
+        raise InputError(
+            f"num_draft_tokens must be an integer from 1 to {MAX_DRAFT_TOKENS} "
+            f"(drafts per step + the bonus token), got {value!r}"
+        )
+
+
+def check_prompt(prompts: Any, attention_mask: Any, model: Any) -> None:
+    """Token ids, int64 [B, P] with B, P >= 1, left-padded where the mask is 0."""
+    if not isinstance(prompts, Tensor):
+        raise InputError(f"the prompt must be a tensor of token ids, got {type(prompts).__name__}")
+    if prompts.dim() != 2:
+        raise InputError(f"the prompt must be 2-D, [batch, tokens], got shape {list(prompts.shape)}")
+    if prompts.dtype != torch.int64:
+        raise InputError(f"token ids must be torch.int64, got {prompts.dtype}: use input_ids.long()")
+    if prompts.numel() == 0:
+        raise InputError("the prompt is empty: give each row at least one token")
+    if prompts.device != model.device:
+        raise InputError(
+            f"the prompt is on {prompts.device} and the model on {model.device}: "
+            f"use input_ids.to(model.device)"
+        )
+    vocab = _vocabulary(model)
+    if bool(((prompts < 0) | (prompts >= vocab)).any()):
+        raise InputError(f"the prompt has token ids outside the model's vocabulary (0 to {vocab - 1})")
+    if attention_mask is not None:
+        _check_mask(prompts, attention_mask)
+
+
+def _check_mask(prompts: Tensor, attention_mask: Any) -> None:
+    if not isinstance(attention_mask, Tensor) or attention_mask.shape != prompts.shape:
+        raise InputError(f"attention_mask must have the prompt's shape {list(prompts.shape)}")
+    kept = attention_mask != 0
+    if not bool(kept.any(dim=1).all()):
+        raise InputError("a prompt is empty: its attention_mask has no 1; give each row a token")
+    if bool((kept[:, :-1] & ~kept[:, 1:]).any()):
+        raise InputError(
+            "prompts must be padded on the left: attention_mask has a 0 behind a 1 "
+            "(tokenizer.padding_side = 'left')"
+        )
+
+
+def check_lengths(model: Any, draft: Any, prompt_length: int, max_length: int) -> None:
+    """The prompt fits the model's context; what is to be generated fits the draft model's."""
+    context = _context(model)
+    if context is not None and prompt_length > context:
+        raise InputError(
+            f"the prompt has {prompt_length} tokens and the model's context is {context}: shorten it"
+        )
+    if isinstance(draft, str):
+        return
+    context = _context(draft)
+    if context is not None and max_length > context:
+        raise InputError(
+            f"prompt and new tokens come to {max_length} and the draft model's context is {context}: "
+            f"lower max_new_tokens, or use draft='ngram'"
+        )
+
+
+def _vocabulary(model: Any) -> int:
+    return model.config.get_text_config().vocab_size
+
+
+def _context(model: Any) -> int | None:
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)

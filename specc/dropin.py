@@ -1,0 +1,297 @@
+"""The drop-in: ``specc.generate``, ``specc.attach``, ``model.generate(custom_generate=specc.generate)``."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+from transformers.generation import (
+    EosTokenCriteria,
+    GenerateDecoderOnlyOutput,
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
+
+from specc import checks, compat
+from specc.errors import InputError, UnsupportedError
+from specc.options import Options
+from specc.runtime.session import Request, Speculation, run
+
+_MISSING: Any = object()
+
+
+@dataclasses.dataclass
+class SpeccOutput(GenerateDecoderOnlyOutput):
+    """What ``return_dict_in_generate=True`` returns: Hugging Face's fields, and how it went."""
+
+    speculation: Speculation | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The arguments that are specc's own."""
+
+    draft: Any
+    num_draft_tokens: int
+    options: Options
+    compile: bool
+
+
+def generate(
+    model: Any,
+    inputs: Tensor | None = None,
+    *,
+    draft: Any = _MISSING,
+    num_draft_tokens: int = 4,
+    options: Options | Mapping[str, Any] | None = None,
+    compile: bool = True,
+    generation_config: GenerationConfig | None = None,
+    logits_processor: Any = None,
+    stopping_criteria: Any = None,
+    streamer: Any = None,
+    tokenizer: Any = None,
+    **kwargs: Any,
+) -> Tensor | SpeccOutput:
+    """Generate as ``model.generate(..., do_sample=False)`` does, the same tokens, by speculation.
+
+    Takes what the model's ``generate`` takes, and: ``draft``, "ngram" (prompt lookup) or a causal LM
+    of the same vocabulary; ``num_draft_tokens`` (D, 1 to 64), the tokens of a verify block: D - 1
+    drafts and the bonus token; ``options``, see specc.Options; ``compile=False`` runs the model's
+    forward without capturing it.
+
+    Returns token ids int64 [B, P + new tokens], or a SpeccOutput under ``return_dict_in_generate``.
+
+    Raises InputError for prompts, models and drafts that do not fit, UnsupportedError for what specc
+    does not do, OptionError for wrong ``options``; all before any work starts. CaptureError if the
+    model's forward cannot be captured.
+    """
+    model = getattr(model, "_orig_mod", model)
+    settings = _settings(model, draft, num_draft_tokens, options, compile)
+    if hasattr(generation_config, "_eos_token_tensor"):
+        return _called_by_hf(
+            model, inputs, settings, generation_config, logits_processor, stopping_criteria, kwargs
+        )
+    prompts = inputs if inputs is not None else kwargs.get("input_ids")
+    if prompts is not None:
+        checks.check_prompt(prompts, kwargs.get("attention_mask"), model)
+    checks.check_arguments(kwargs)
+    checks.check_settings(_effective(model, generation_config, kwargs))
+    caller, generation_config, criteria = _with_stop_strings(
+        model, generation_config, stopping_criteria, tokenizer, kwargs
+    )
+
+    def decode(
+        _: Any,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: GenerationConfig,
+        **model_kwargs: Any,
+    ) -> Tensor | SpeccOutput:
+        return _decode(
+            model,
+            input_ids,
+            settings,
+            generation_config,
+            logits_processor,
+            stopping_criteria,
+            streamer,
+            model_kwargs,
+        )
+
+    # The class's generate: an attached model's own would come back here.
+    return type(model).generate(
+        caller,
+        inputs,
+        generation_config=generation_config,
+        logits_processor=logits_processor,
+        stopping_criteria=criteria,
+        custom_generate=decode,
+        **kwargs,
+    )
+
+
+def attach(
+    model: Any,
+    *,
+    draft: Any = _MISSING,
+    num_draft_tokens: int = 4,
+    options: Options | Mapping[str, Any] | None = None,
+    compile: bool = True,
+) -> Any:
+    """Make ``model.generate(...)`` speculate until ``detach(model)``; returns the model.
+
+    The arguments are those of ``generate``; so are the errors.
+    """
+    if "generate" in vars(model):
+        raise InputError("this model's generate is replaced already: call specc.detach(model) first")
+    settings = _settings(model, draft, num_draft_tokens, options, compile)
+
+    @functools.wraps(type(model).generate)
+    def attached(inputs: Tensor | None = None, **kwargs: Any) -> Tensor | SpeccOutput:
+        own = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
+        return generate(model, inputs, **{**own, **kwargs})
+
+    model.generate = attached
+    return model
+
+
+def detach(model: Any) -> Any:
+    """Give an attached model its own generate back; returns the model."""
+    if "generate" not in vars(model):
+        raise InputError("this model is not attached: call specc.attach(model, draft=...) first")
+    del model.generate
+    return model
+
+
+def _settings(model: Any, draft: Any, num_draft_tokens: Any, options: Any, compile: Any) -> Settings:
+    parsed = Options.parse(options)
+    checks.check_model(model)
+    checks.check_draft(draft, model, given=draft is not _MISSING)
+    checks.check_num_draft_tokens(num_draft_tokens)
+    if not isinstance(compile, bool):
+        raise InputError(f"compile must be True or False, got {compile!r}")
+    return Settings(draft, num_draft_tokens, parsed, compile)
+
+
+def _effective(
+    model: Any, generation_config: GenerationConfig | None, kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The settings as generate will merge them: call, then the config given, then the model's."""
+    sources = [kwargs]
+    sources += [vars(each) for each in (generation_config, model.generation_config) if each is not None]
+    return {
+        name: next((source[name] for source in sources if source.get(name) is not None), None)
+        for name in checks.REFUSED_SETTINGS
+    }
+
+
+def _with_stop_strings(
+    model: Any,
+    generation_config: GenerationConfig | None,
+    stopping_criteria: Any,
+    tokenizer: Any,
+    kwargs: dict[str, Any],
+) -> tuple[Any, GenerationConfig | None, StoppingCriteriaList]:
+    """Turn stop_strings into a criterion: generate would look for the tokenizer that it has dropped.
+
+    Returns the object to call generate on, and its config and criteria. Neither the model nor the
+    config passed in is changed.
+    """
+    criteria = StoppingCriteriaList(stopping_criteria or [])
+    sources = [kwargs.pop("stop_strings", None)]
+    sources += [each.stop_strings for each in (generation_config, model.generation_config) if each]
+    strings = next((each for each in sources if each is not None), None)
+    if strings is None:
+        return model, generation_config, criteria
+    if tokenizer is None:
+        raise InputError("stop_strings need the tokenizer: pass tokenizer= as well")
+    criteria.append(StopStringCriteria(tokenizer, strings))
+    if generation_config is not None:
+        generation_config = copy.deepcopy(generation_config)
+        generation_config.stop_strings = None
+    # generate refills what a config leaves open from the model's own, so that needs a copy, too.
+    caller = copy.copy(model)
+    caller.generation_config = copy.deepcopy(model.generation_config)
+    caller.generation_config.stop_strings = None
+    return caller, generation_config, criteria
+
+
+def _called_by_hf(
+    model: Any,
+    input_ids: Any,
+    settings: Settings,
+    generation_config: Any,
+    logits_processor: Any,
+    stopping_criteria: Any,
+    model_kwargs: dict[str, Any],
+) -> Tensor | SpeccOutput:
+    """The custom_generate form. What generate drops on the way here is refused, not lost."""
+    for name in ("streamer", "assistant_model", "synced_gpus"):
+        if compat.caller_argument(name):
+            raise UnsupportedError(
+                f"{name} does not reach a custom_generate: call specc.generate(model, ...) instead"
+                + ("" if name == "streamer" else f", without {name}")
+            )
+    return _decode(
+        model, input_ids, settings, generation_config, logits_processor, stopping_criteria, None, model_kwargs
+    )
+
+
+def _decode(
+    model: Any,
+    input_ids: Tensor,
+    settings: Settings,
+    config: Any,
+    logits_processor: Any,
+    criteria: Any,
+    streamer: Any,
+    model_kwargs: dict[str, Any],
+) -> Tensor | SpeccOutput:
+    """Check what ``generate`` has prepared, then run. ``config`` carries its token tensors."""
+    attention_mask = model_kwargs.get("attention_mask")
+    checks.check_settings(vars(config))
+    checks.check_prompt(input_ids, attention_mask, model)
+    _check_model_kwargs(model_kwargs)
+    prompt_length = input_ids.shape[1]
+    max_length = criteria.max_length or config.max_length
+    checks.check_lengths(model, settings.draft, prompt_length, max_length)
+    request = Request(
+        model=model,
+        prompts=input_ids,
+        attention_mask=attention_mask,
+        draft=settings.draft,
+        num_draft_tokens=settings.num_draft_tokens,
+        max_new_tokens=max_length - prompt_length,
+        min_new_tokens=_min_new_tokens(logits_processor, prompt_length),
+        eos=_eos_ids(criteria, input_ids),
+        pad_token=None if config._pad_token_tensor is None else int(config._pad_token_tensor),
+        criteria=criteria,
+        streamer=streamer,
+        options=settings.options,
+        compiled=settings.compile,
+    )
+    if streamer is not None:
+        streamer.put(input_ids.cpu())
+    sequences, speculation = run(request)
+    if config.return_dict_in_generate:
+        return SpeccOutput(sequences=cast(torch.LongTensor, sequences), speculation=speculation)
+    return sequences
+
+
+def _check_model_kwargs(model_kwargs: Mapping[str, Any]) -> None:
+    for name, value in model_kwargs.items():
+        if name not in checks.PREPARED_ARGUMENTS and value is not None:
+            raise UnsupportedError(f"{name} is not passed on to the model by specc: leave it out")
+    cache = model_kwargs.get("past_key_values")
+    if cache is not None and cache.get_seq_length() > 0:
+        raise UnsupportedError(f"past_key_values: {checks.REFUSED_ARGUMENTS['past_key_values']}")
+
+
+def _min_new_tokens(logits_processor: Any, prompt_length: int) -> int:
+    """The one thing logits processors may ask for: no EOS before some length."""
+    least = 0
+    for each in logits_processor or ():
+        if isinstance(each, MinNewTokensLengthLogitsProcessor):
+            least = max(least, each.prompt_length_to_skip + each.min_new_tokens - prompt_length)
+        elif isinstance(each, MinLengthLogitsProcessor):
+            least = max(least, each.min_length - prompt_length)
+        else:
+            raise UnsupportedError(
+                f"logits processors other than min_length and min_new_tokens are not supported yet, and "
+                f"this call has {type(each).__name__}: leave out the setting that asks for it"
+            )
+    return least
+
+
+def _eos_ids(criteria: Any, input_ids: Tensor) -> Tensor:
+    ids = [each.eos_token_id.reshape(-1) for each in criteria if isinstance(each, EosTokenCriteria)]
+    return torch.cat([each.to(input_ids) for each in [*ids, input_ids.new_empty(0)]])

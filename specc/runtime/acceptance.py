@@ -1,0 +1,54 @@
+"""From the target's logits to committed tokens, without leaving the device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from specc.lowerings import greedy_select
+from specc.runtime.state import DecodeState
+
+
+def target_choice(state: DecodeState, logits: Tensor) -> Tensor:
+    """What the target would say after each token of the block. logits: [B, D, V]; int64 [B, D]."""
+    if state.keeps_eos_back:
+        logits = _without_early_eos(state, logits)
+    return greedy_select(logits)
+
+
+def _without_early_eos(state: DecodeState, logits: Tensor) -> Tensor:
+    block = torch.arange(logits.shape[1], device=logits.device)
+    too_short = state.text_lens[:, None] + block < state.min_lens[:, None]
+    is_eos = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
+    is_eos = is_eos.index_fill(0, state.eos, True)
+    return logits.masked_fill(too_short[:, :, None] & is_eos, -torch.inf)
+
+
+def count_step(state: DecodeState, num_correct: Tensor) -> None:
+    """Add this step to the statistics of the rows that are not done. num_correct: int64 [B]."""
+    live = ~state.done
+    drafts = torch.arange(state.accepted.shape[0], device=num_correct.device)
+    state.steps += live.sum()
+    state.accepted += ((num_correct[:, None] > drafts) & live[:, None]).sum(dim=0)
+
+
+def commit(state: DecodeState, choice: Tensor, num_correct: Tensor) -> Tensor:
+    """Append each row's accepted run to its text; return how many tokens that was, int64 [B].
+
+    choice: int64 [B, D], the target's choice after each candidate; num_correct: int64 [B].
+    The run is choice[0 .. num_correct], cut after its first EOS and at the row's limit. Rows that are
+    done append nothing. The whole block is stored: what lies behind the new length is scratch.
+    """
+    length = choice.shape[1]
+    block = torch.arange(length, device=choice.device)
+    is_eos = torch.isin(choice, state.eos)
+    until_eos = torch.where(is_eos, block, length).amin(dim=1) + 1
+    run = torch.minimum(num_correct + 1, until_eos)
+    run = torch.minimum(run, state.limits - state.text_lens)
+    run = torch.where(state.done, 0, run)
+
+    # A done row's block lands behind its end, where nothing is read any more.
+    state.text.scatter_(1, state.text_lens[:, None] + block, choice)
+    state.text_lens += run
+    state.done |= (run == until_eos) | (state.text_lens >= state.limits)
+    return run

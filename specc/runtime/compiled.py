@@ -1,0 +1,98 @@
+"""Forwards compiled through ``torch.compile(..., backend="specc")``, kept per model."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+import types
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from specc import compat
+from specc.errors import CaptureError, SpeccError
+from specc.options import Options
+
+
+@dataclasses.dataclass(frozen=True)
+class GraphKey:
+    """What tells two graphs of one model apart. Never an address."""
+
+    role: str
+    q_len: int
+    rows: int
+
+
+class CompiledForward:
+    """A compiled function with the time its first call, which compiles, took."""
+
+    def __init__(self, key: GraphKey, function: types.FunctionType, options: Options) -> None:
+        self.key = key
+        self.called = False
+        self._compiled = torch.compile(
+            compat.fresh_code(function), backend="specc", fullgraph=True, options=_given(options)
+        )
+
+    def __call__(self, *args: Any) -> Any:
+        try:
+            result = self._compiled(*args)
+        except compat.dynamo_errors() as error:
+            raise _explained(error) from error
+        self.called = True
+        return result
+
+    def warm_up(self, *args: Any) -> float:
+        """Compile now unless that has happened; seconds it took."""
+        if self.called:
+            return 0.0
+        start = time.perf_counter()
+        self(*args)
+        return time.perf_counter() - start
+
+
+_FORWARDS: weakref.WeakKeyDictionary[Any, dict[tuple[GraphKey, Options], CompiledForward]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def compiled_forward(
+    model: Any, key: GraphKey, function: Callable[..., Any], options: Options
+) -> CompiledForward:
+    """The compiled ``function`` of this model under this key, made on first use."""
+    forwards = _FORWARDS.setdefault(model, {})
+    if (key, options) not in forwards:
+        assert isinstance(function, types.FunctionType)
+        forwards[key, options] = CompiledForward(key, function, options)
+    return forwards[key, options]
+
+
+def reset() -> None:
+    """Forget every compiled forward."""
+    _FORWARDS.clear()
+
+
+def _given(options: Options) -> dict[str, Any] | None:
+    """Only what differs from the defaults: torch takes an empty dict for no options at all."""
+    default = Options()
+    given = {
+        field.name: getattr(options, field.name)
+        for field in dataclasses.fields(Options)
+        if getattr(options, field.name) != getattr(default, field.name)
+    }
+    if "providers" in given:
+        given["providers"] = dict(given["providers"])
+    return given or None
+
+
+def _explained(error: Exception) -> SpeccError:
+    cause = getattr(error, "inner_exception", None)
+    if isinstance(cause, SpeccError):
+        return cause
+    reason = str(error).strip().splitlines()
+    return CaptureError(
+        f"the model's forward cannot be captured as one graph: {compat.user_line(error)}: "
+        f"{reason[0] if reason else type(error).__name__}. "
+        f"compile=False runs the same speculation without capturing it."
+    )

@@ -1,0 +1,184 @@
+"""One call: prefill, then steps until every row has stopped."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specc.options import Options
+from specc.runtime.acceptance import commit, target_choice
+from specc.runtime.device_graph import device_graph
+from specc.runtime.drafters import Drafter
+from specc.runtime.drafters.assistant import FED, AssistantDrafter
+from specc.runtime.drafters.ngram import NGramDrafter
+from specc.runtime.drain import Drain
+from specc.runtime.model import DRAFT, VERIFY, BoundModel
+from specc.runtime.state import DecodeState
+from specc.runtime.step import speculative_step
+
+log = logging.getLogger(__name__)
+
+CAPACITY_UNIT = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """Everything a batch needs. Checked before it gets here.
+
+    prompts: int64 [B, P], left-padded; attention_mask: [B, P], 0 on padding, or None for none.
+    draft: "ngram" or a causal LM. eos: int64 [number of EOS ids].
+    """
+
+    model: Any
+    prompts: Tensor
+    attention_mask: Tensor | None
+    draft: Any
+    num_draft_tokens: int
+    max_new_tokens: int
+    min_new_tokens: int
+    eos: Tensor
+    pad_token: int | None
+    criteria: Any
+    streamer: Any
+    options: Options
+    compiled: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Speculation:
+    """How a generation went. ``steps`` counts one per row and step; prefill is none.
+
+    ``acceptance[j]``: share of steps whose draft j + 1 was accepted. Seconds are wall clock;
+    ``decode_seconds`` leaves compiling out.
+    """
+
+    steps: int
+    new_tokens: int
+    mean_accepted_length: float
+    acceptance: list[float]
+    prefill_seconds: float
+    decode_seconds: float
+    compile_seconds: float
+
+
+def run(request: Request) -> tuple[Tensor, Speculation]:
+    """Generate. Returns sequences int64 [B, P + new tokens] on the prompts' device, and how it went."""
+    prompts, prompt_lens = _left_aligned(request.prompts, request.attention_mask)
+    capacity = _capacity(request)
+    state = DecodeState.start(
+        prompts,
+        prompt_lens,
+        max_new_tokens=request.max_new_tokens,
+        min_new_tokens=request.min_new_tokens,
+        eos=request.eos,
+        num_draft_tokens=request.num_draft_tokens,
+        capacity=capacity,
+    )
+    target = _bind(request, request.model, VERIFY, request.num_draft_tokens, capacity)
+    drafter = _drafter(request, capacity)
+    drain = Drain(
+        request.prompts, request.max_new_tokens, request.criteria, request.pad_token, request.streamer
+    )
+    _, prefill_seconds = _timed(lambda: _prefill(state, target, drafter, prompts, drain))
+    compile_seconds = 0.0 if drain.finished else target.warm_up() + drafter.warm_up()
+    _, decode_seconds = _timed(lambda: _decode(state, target, drafter, drain))
+    drain.end()
+    sequences = drain.sequences.to(request.prompts.device)
+    return sequences, _account(state, prefill_seconds, decode_seconds, compile_seconds)
+
+
+def _prefill(state: DecodeState, target: BoundModel, drafter: Drafter, prompts: Tensor, drain: Drain) -> None:
+    """Read the prompts and commit each row's first token, which is the first bonus token."""
+    logits = target.prefill(prompts, state.prompt_lens)
+    drafter.prefill(prompts, state.prompt_lens)
+    choice = target_choice(state, logits[:, None])
+    commit(state, choice, torch.zeros_like(state.text_lens))
+    _hand_over(state, drain)
+
+
+def _decode(state: DecodeState, target: BoundModel, drafter: Drafter, drain: Drain) -> None:
+    graph = device_graph(state.text.device)
+    graph.capture(lambda: speculative_step(state, target, drafter))
+    while not drain.finished:
+        graph.replay()
+        _hand_over(state, drain)
+    graph.reset()
+
+
+def _hand_over(state: DecodeState, drain: Drain) -> None:
+    """Give the host what is new, and stop the rows it does not want any more."""
+    counts = (state.text_lens - state.prompt_lens).cpu()
+    tokens = _generated(state, int(counts.max())).cpu()
+    drain.take(tokens, counts)
+    state.done |= drain.stopped_rows.to(state.done.device)
+
+
+def _generated(state: DecodeState, count: int) -> Tensor:
+    columns = state.prompt_lens[:, None] + torch.arange(count, device=state.text.device)
+    return state.text.gather(1, columns)
+
+
+def _left_aligned(prompts: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Move each row's tokens to its front. Returns the prompts, right-padded, and lengths int64 [B]."""
+    rows, width = prompts.shape
+    if attention_mask is None:
+        return prompts, torch.full((rows,), width, dtype=torch.int64, device=prompts.device)
+    prompt_lens = attention_mask.long().sum(dim=1)
+    source = torch.arange(width, device=prompts.device) + (width - prompt_lens)[:, None]
+    return prompts.gather(1, source.clamp(max=width - 1)), prompt_lens
+
+
+def _capacity(request: Request) -> int:
+    """Tokens a row can need: prompt, new tokens, and a block behind the last one."""
+    needed = request.prompts.shape[1] + request.max_new_tokens + request.num_draft_tokens
+    return -(-needed // CAPACITY_UNIT) * CAPACITY_UNIT
+
+
+def _bind(request: Request, model: Any, role: Any, q_len: int, capacity: int) -> BoundModel:
+    return BoundModel(
+        model,
+        role,
+        rows=request.prompts.shape[0],
+        q_len=q_len,
+        capacity=capacity,
+        last_position=request.prompts.shape[1] + request.max_new_tokens - 1,
+        options=request.options,
+        compiled=request.compiled,
+    )
+
+
+def _drafter(request: Request, capacity: int) -> Drafter:
+    num_drafts = request.num_draft_tokens - 1
+    if isinstance(request.draft, str):
+        return NGramDrafter(num_drafts)
+    return AssistantDrafter(_bind(request, request.draft, DRAFT, FED, capacity), num_drafts)
+
+
+def _timed(action: Callable[[], Any]) -> tuple[Any, float]:
+    start = time.perf_counter()
+    result = action()
+    return result, time.perf_counter() - start
+
+
+def _account(
+    state: DecodeState, prefill_seconds: float, decode_seconds: float, compile_seconds: float
+) -> Speculation:
+    steps = int(state.steps)
+    new_tokens = int((state.text_lens - state.prompt_lens).sum())
+    # The first token of every row came from prefill, not from a step.
+    stepped = new_tokens - state.text.shape[0]
+    return Speculation(
+        steps=steps,
+        new_tokens=new_tokens,
+        mean_accepted_length=stepped / max(steps, 1),
+        acceptance=[count / max(steps, 1) for count in state.accepted.tolist()],
+        prefill_seconds=prefill_seconds,
+        decode_seconds=decode_seconds,
+        compile_seconds=compile_seconds,
+    )

@@ -1,0 +1,29 @@
+"""One speculative step, top to bottom."""
+
+from __future__ import annotations
+
+import torch
+
+from specc.lowerings import accept_greedy
+from specc.runtime.acceptance import commit, count_step, target_choice
+from specc.runtime.drafters import Drafter
+from specc.runtime.model import BoundModel
+from specc.runtime.state import DecodeState
+
+
+def speculative_step(state: DecodeState, target: BoundModel, drafter: Drafter) -> None:
+    """Advance every row of ``state`` that is not done by 1 to D tokens.
+
+    Device tensors of fixed shapes throughout, nothing is read back: the whole function can be captured
+    as one graph and replayed. On entry and exit the pool holds all of a row's text but its last token,
+    the bonus token of the step before, which is token 0 of the block.
+    """
+    drafts = drafter.propose(state)
+    candidates = torch.cat([state.last_tokens(1), drafts], dim=1)
+    logits = target(candidates)
+    choice = target_choice(state, logits)
+    num_correct, _ = accept_greedy(candidates, choice)
+    count_step(state, num_correct)
+    committed = commit(state, choice, num_correct)
+    target.cache.seq_lens.copy_(state.text_lens - 1)
+    drafter.observe(state, committed)
