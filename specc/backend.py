@@ -9,8 +9,7 @@ from typing import Any
 from torch.fx import GraphModule
 
 from specc.errors import OptionError
-from specc.options import Options
-from specc.pipeline import compile_graph
+from specc.pipeline import compile_graph, parse_options
 
 
 class SpeccBackend:
@@ -32,7 +31,7 @@ class SpeccBackend:
         if unknown:
             names = ", ".join(sorted(unknown))
             raise OptionError(f"specc's backend takes mode= and options=, not {names}")
-        return compile_graph(gm, example_inputs, Options.parse(options), mode)
+        return compile_graph(gm, example_inputs, parse_options(options), mode)
 
     def reset(self) -> None:
         """Drop every compiled step specc holds; torch drops the graphs themselves."""

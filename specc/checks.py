@@ -114,17 +114,18 @@ def check_draft(draft: Any, model: Any, given: bool = True) -> None:
         return
     if not isinstance(draft, torch.nn.Module):
         raise InputError(f"unknown draft {draft!r}: pass {DRAFTS}")
+    device = getattr(draft, "device", model.device)
+    if device != model.device:
+        raise InputError(
+            f"the draft model is on {device} and the model on {model.device}: "
+            f"move the draft model to {model.device}"
+        )
     check_model(draft, "the draft model")
     ours, theirs = _vocabulary(model), _vocabulary(draft)
     if ours != theirs:
         raise InputError(
             f"the draft model has a vocabulary of {theirs} tokens and the model one of {ours}: "
             f"choose a draft model with the same tokenizer, or draft='ngram'"
-        )
-    if draft.device != model.device:
-        raise InputError(
-            f"the draft model is on {draft.device} and the model on {model.device}: "
-            f"move the draft model to {model.device}"
         )
 
 

@@ -23,6 +23,7 @@ from transformers.generation import (
 from specc import checks, compat
 from specc.errors import InputError, UnsupportedError
 from specc.options import Options
+from specc.pipeline import parse_options
 from specc.runtime.session import Request, Speculation, run
 
 _MISSING: Any = object()
@@ -153,7 +154,7 @@ def detach(model: Any) -> Any:
 
 
 def _settings(model: Any, draft: Any, num_draft_tokens: Any, options: Any, compile: Any) -> Settings:
-    parsed = Options.parse(options)
+    parsed = parse_options(options)
     checks.check_model(model)
     checks.check_draft(draft, model, given=draft is not _MISSING)
     checks.check_num_draft_tokens(num_draft_tokens)

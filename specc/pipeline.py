@@ -6,7 +6,7 @@ import functools
 import hashlib
 import logging
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from torch.fx import GraphModule
 
 from specc import compat
-from specc.errors import UnsupportedError
+from specc.errors import OptionError, UnsupportedError
 from specc.lowerings.devices import device_kind
 from specc.lowerings.framework import REGISTRY
 from specc.options import Options
@@ -26,6 +26,22 @@ from specc.report import dump_folder, observers_for
 log = logging.getLogger(__name__)
 
 PACKAGE = Path(__file__).parent
+
+
+def parse_options(options: Options | Mapping[str, Any] | None) -> Options:
+    """``Options.parse``, and the passes and operators it names exist. Raises OptionError."""
+    parsed = Options.parse(options)
+    _check_names("pass", parsed.disable_passes, [each.name for each in PASSES])
+    _check_names("operator", [op for op, _ in parsed.providers], list(REGISTRY))
+    for op, provider in parsed.providers:
+        _check_names(f"provider of {op}", [provider], [each.name for each in REGISTRY[op].providers])
+    return parsed
+
+
+def _check_names(what: str, names: Sequence[str], known: Sequence[str]) -> None:
+    for name in names:
+        if name not in known:
+            raise OptionError(f"specc has no {what} {name!r}; it has: {', '.join(dict.fromkeys(known))}")
 
 
 def compile_graph(

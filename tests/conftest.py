@@ -1,4 +1,4 @@
-"""Shared by all tests: no network, two threads, a clean compiler before each test."""
+"""Shared by all tests: no network, one thread, a fixed seed."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+
+
+# The models are tiny: a second thread costs more than it brings.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

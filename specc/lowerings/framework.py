@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from specc.errors import OptionError, ProviderError
+from specc.errors import ProviderError
 
 NAMESPACE = "specc"
 LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
@@ -78,12 +78,8 @@ class Op:
     def choose(self, *args: Any, forced: str | None = None) -> Decision:
         """The provider for this call, by priority among those that support it.
 
-        Raises OptionError if ``forced`` names no provider of this operator, ProviderError if it (or,
-        unforced, every provider) refuses the call.
+        Raises ProviderError if the forced one (or, unforced, every one) refuses the call.
         """
-        if forced is not None and forced not in {p.name for p in self.providers}:
-            names = ", ".join(p.name for p in self.providers)
-            raise OptionError(f"{self.name} has no provider {forced!r}; it has: {names}")
         refused: list[tuple[str, str]] = []
         for provider in sorted(self.providers, key=lambda p: -p.priority):
             if forced is not None and provider.name != forced:

@@ -1,0 +1,237 @@
+"""The pieces of the step against plain Python: prompt lookup, commit, the host's drain, the pool."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from specc.runtime.acceptance import commit, count_step, target_choice
+from specc.runtime.cache import PagedCache
+from specc.runtime.device_graph import EagerGraph, device_graph
+from specc.runtime.drafters.ngram import lookup
+from specc.runtime.drain import Drain
+from specc.runtime.masks import MaskPlan
+from specc.runtime.state import DecodeState
+
+FAST = settings(max_examples=150, deadline=None)
+SMALL = st.integers(0, 4)
+
+
+def lookup_in_python(text: list[int], num_drafts: int, max_ngram: int) -> list[int]:
+    for size in range(max_ngram, 0, -1):
+        for start in range(len(text) - 1 - size, -1, -1):
+            if text[start : start + size] == text[len(text) - size :] and size < len(text):
+                behind = text[start + size :]
+                return [behind[i % len(behind)] for i in range(num_drafts)]
+    return [text[-1]] * num_drafts
+
+
+@FAST
+@given(
+    rows=st.lists(st.lists(SMALL, min_size=1, max_size=24), min_size=1, max_size=4),
+    num_drafts=st.integers(0, 9),
+    max_ngram=st.integers(1, 4),
+    scratch=SMALL,
+)
+def test_lookup(rows: list[list[int]], num_drafts: int, max_ngram: int, scratch: int) -> None:
+    """What lies behind a row's length is scratch and must not be found."""
+    width = max(map(len, rows)) + 3
+    text = torch.tensor([row + [scratch] * (width - len(row)) for row in rows])
+    lens = torch.tensor([len(row) for row in rows])
+    drafts = lookup(text, lens, num_drafts, max_ngram)
+    assert drafts.tolist() == [lookup_in_python(row, num_drafts, max_ngram) for row in rows]
+
+
+def state_of(
+    prompts: list[list[int]], done: list[bool], limits: list[int], eos: list[int], width: int
+) -> DecodeState:
+    lens = torch.tensor([len(row) for row in prompts])
+    ids = torch.tensor([row + [0] * (max(map(len, prompts)) - len(row)) for row in prompts])
+    state = DecodeState.start(
+        ids,
+        lens,
+        max_new_tokens=0,
+        min_new_tokens=0,
+        eos=torch.tensor(eos, dtype=torch.int64),
+        num_draft_tokens=width,
+        capacity=64,
+    )
+    state.limits = torch.tensor(limits)
+    state.done = torch.tensor(done)
+    return state
+
+
+def commit_in_python(
+    text: list[int], done: bool, limit: int, eos: list[int], choice: list[int], num_correct: int
+) -> tuple[list[int], bool]:
+    if done:
+        return text, True
+    for token in choice[: num_correct + 1]:
+        text = [*text, token]
+        if token in eos:
+            return text, True
+        if len(text) == limit:
+            return text, True
+    return text, False
+
+
+@FAST
+@given(data=st.data())
+def test_commit(data: st.DataObject) -> None:
+    rows, width = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 6))
+    prompts = [data.draw(st.lists(SMALL, min_size=1, max_size=5)) for _ in range(rows)]
+    done = [data.draw(st.booleans()) for _ in range(rows)]
+    limits = [len(row) + data.draw(st.integers(1, 8)) for row in prompts]
+    eos = data.draw(st.lists(SMALL, max_size=2))
+    choice = [data.draw(st.lists(SMALL, min_size=width, max_size=width)) for _ in range(rows)]
+    correct = [data.draw(st.integers(0, width - 1)) for _ in range(rows)]
+    state = state_of(prompts, done, limits, eos, width)
+
+    count_step(state, torch.tensor(correct))
+    run = commit(state, torch.tensor(choice), torch.tensor(correct))
+
+    live = [row for row in range(rows) if not done[row]]
+    assert int(state.steps) == len(live)
+    assert state.accepted.tolist() == [sum(correct[r] > j for r in live) for j in range(width - 1)]
+    for row in range(rows):
+        text, stopped = commit_in_python(prompts[row], done[row], limits[row], eos, choice[row], correct[row])
+        length = int(state.text_lens[row])
+        assert state.text[row, :length].tolist() == text
+        assert bool(state.done[row]) == stopped
+        assert int(run[row]) == length - len(prompts[row])
+
+
+# Vectors for the end of an output: [(prompt + output so far, run, cap) -> kept, done].
+@pytest.mark.parametrize(
+    ("run", "room", "kept", "done"),
+    [
+        ([12, 99, 20], 3, 2, True),  # EOS inside the run
+        ([12, 99, 20], 98, 2, True),
+        ([12, 20, 99], 2, 2, True),  # EOS beyond the cap: a length stop at the cap
+        ([12, 20, 21], 2, 2, True),
+        ([99], 1, 1, True),  # EOS as the last token allowed
+        ([11, 12, 13], 98, 3, False),
+    ],
+)
+def test_where_an_output_ends(run: list[int], room: int, kept: int, done: bool) -> None:
+    state = state_of([[10, 11]], [False], [2 + room], [99], len(run))
+    committed = commit(state, torch.tensor([run]), torch.tensor([len(run) - 1]))
+    assert (int(committed[0]), bool(state.done[0])) == (kept, done)
+
+
+def test_early_eos_is_kept_back_only_where_the_row_is_too_short() -> None:
+    state = state_of([[5, 6], [5, 6, 7, 8]], [False, False], [50, 50], [1, 3], 3)
+    state.min_lens, state.keeps_eos_back = torch.tensor([4, 4]), True
+    logits = torch.zeros(2, 3, 8)
+    logits[..., 1], logits[..., 3], logits[..., 6] = 9.0, 8.0, 7.0
+    assert target_choice(state, logits).tolist() == [[6, 6, 1], [1, 1, 1]]
+
+
+class Counter:
+    def __init__(self, stops: dict[int, int], eos: bool) -> None:
+        self.stops, self.calls = stops, 0
+        if eos:
+            self.eos_token_id = torch.tensor([0])
+
+    def __call__(self, ids: torch.Tensor, scores: Any) -> torch.Tensor:
+        self.calls += 1
+        return torch.tensor([self.stops.get(row, 999) <= ids.shape[1] for row in range(ids.shape[0])])
+
+
+class Criteria(list[Any]):
+    def __call__(self, ids: torch.Tensor, scores: Any) -> torch.Tensor:
+        return torch.stack([each(ids, scores) for each in self]).any(dim=0)
+
+
+@FAST
+@given(data=st.data(), pads=st.booleans())
+def test_drain_is_plain_decodings_loop(data: st.DataObject, pads: bool) -> None:
+    """However the rows' tokens arrive, criteria are called once per token and rows are padded alike."""
+    rows, total, prompt = data.draw(st.integers(1, 4)), 12, 2
+    stops = {row: prompt + data.draw(st.integers(1, total)) for row in range(rows)}
+    tokens = torch.arange(rows * total).reshape(rows, total) + 100
+    criterion = Counter(stops, eos=pads)
+    drain = Drain(torch.ones(rows, prompt, dtype=torch.int64), total, Criteria([criterion]), 7, None)
+    counts = torch.zeros(rows, dtype=torch.int64)
+    while not drain.finished:
+        gained = data.draw(st.lists(SMALL, min_size=rows, max_size=rows))
+        counts = (counts + torch.tensor(gained)).clamp(max=total)
+        slowest = counts.argmin()
+        counts[slowest] = min(int(counts[slowest]) + 1, total)
+        scrambled = torch.where(torch.arange(total) < counts[:, None], tokens, -5)
+        drain.take(scrambled, counts)
+    length = max(stops.values())
+    assert drain.sequences.shape[1] == length
+    assert criterion.calls == length - prompt
+    for row in range(rows):
+        own = stops[row] if pads else length
+        expected = tokens[row, : own - prompt].tolist() + [7] * (length - own)
+        assert drain.sequences[row, prompt:].tolist() == expected
+
+
+@FAST
+@given(data=st.data())
+def test_pool_rows_never_touch_each_other(data: st.DataObject) -> None:
+    """Random blocks behind random lengths: every row reads back exactly what it wrote."""
+    rows, heads, dim, capacity = 3, 2, 4, 16
+    cache = PagedCache(1, rows, capacity, torch.device("cpu"))
+    expected = torch.zeros(rows, heads, capacity, dim)
+    for _ in range(3):
+        q_len = data.draw(st.integers(1, 4))
+        lens = torch.tensor([data.draw(st.integers(0, capacity - q_len)) for _ in range(rows)])
+        cache.seq_lens.copy_(lens)
+        block = torch.randn(rows, heads, q_len, dim)
+        for row in range(rows):
+            expected[row, :, lens[row] : lens[row] + q_len] = block[row]
+        keys, values = cache.update(block, -block, 0)
+        assert torch.equal(keys, expected)
+        assert torch.equal(values, -expected)
+    page_zero = cache.layers[0].keys[0]
+    assert not page_zero.any(), "page 0 belongs to no row"
+
+
+def dense_mask(pattern: str, size: int, position: int, capacity: int) -> list[bool]:
+    allowed = {
+        "full_attention": lambda t: t <= position,
+        "sliding_attention": lambda t: position - size < t <= position,
+        "chunked_attention": lambda t: t <= position and t // size == position // size,
+    }[pattern]
+    return [allowed(t) for t in range(capacity)]
+
+
+@pytest.mark.parametrize("additive", [False, True])
+@pytest.mark.parametrize(
+    ("pattern", "size"), [("full_attention", 0), ("sliding_attention", 4), ("chunked_attention", 4)]
+)
+def test_masks(pattern: str, size: int, additive: bool) -> None:
+    """A window of W keys counts the query itself (W = 4 at position 10 sees 7 to 10)."""
+    positions = torch.tensor([[0, 1, 2], [10, 11, 12], [3, 4, 5]])
+    plan = MaskPlan(((pattern, size),), by_layer_type=False, additive=additive)
+    mask = plan.build(positions, 16, torch.float32)
+    assert mask.shape == (3, 1, 3, 16)
+    visible = mask == 0 if additive else mask
+    for row in range(3):
+        for j in range(3):
+            wanted = dense_mask(pattern, size, int(positions[row, j]), 16)
+            assert visible[row, 0, j].tolist() == wanted
+    if additive:
+        assert set(mask.unique().tolist()) == {torch.finfo(torch.float32).min, 0.0}
+
+
+def test_the_eager_graph_replays_its_program() -> None:
+    counter = torch.zeros(())
+    graph = device_graph(torch.device("cpu"))
+    assert isinstance(graph, EagerGraph)
+    with pytest.raises(RuntimeError, match="capture"):
+        graph.replay()
+    graph.capture(lambda: counter.add_(1) and None)
+    for _ in range(3):
+        graph.replay()
+    assert int(counter) == 3
+    graph.reset()
+    with pytest.raises(RuntimeError, match="capture"):
+        graph.replay()
