@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from specc.dropin import SpeccOutput, attach, detach, generate
     from specc.errors import (
         CaptureError,
+        CompileError,
         InputError,
         OptionError,
         PassError,
@@ -27,6 +28,7 @@ __version__ = "0.1.0"
 _MEMBERS = {
     "specc.errors": (
         "CaptureError",
+        "CompileError",
         "InputError",
         "OptionError",
         "PassError",
@@ -41,6 +43,7 @@ _HOMES = {name: module for module, names in _MEMBERS.items() for name in names}
 
 __all__ = [
     "CaptureError",
+    "CompileError",
     "InputError",
     "OptionError",
     "Options",

@@ -63,10 +63,9 @@ def cache_salt(key: str, functions: Mapping[str, str]) -> Iterator[None]:
 def inductor_compile(
     aten_gm: torch.fx.GraphModule,
     fake_inputs: list[Any],
-    extra_decompositions: Mapping[Any, Callable[..., Any]],
     config_patches: Mapping[str, Any],
 ) -> Any:
-    """Retrace with Inductor's decompositions (and ours), then hand the graph to Inductor."""
+    """Retrace with Inductor's decompositions, then hand the graph to Inductor."""
     import torch._inductor.config as inductor_config
     from torch._guards import TracingContext
     from torch._inductor.compile_fx import compile_fx_inner
@@ -78,8 +77,8 @@ def inductor_compile(
     metadata = TracingContext.get().fw_metadata
     static_inputs = metadata.static_input_indices if metadata is not None else []
     with preserve_node_meta(), inductor_config.patch(dict(config_patches)):
-        table = {**select_decomp_table(), **extra_decompositions}
-        lowered = make_fx(torch.fx.Interpreter(aten_gm).run, decomposition_table=table)(*fake_inputs)
+        run = torch.fx.Interpreter(aten_gm).run
+        lowered = make_fx(run, decomposition_table=select_decomp_table())(*fake_inputs)
         return compile_fx_inner(
             lowered,
             fake_inputs,

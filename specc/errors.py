@@ -23,6 +23,10 @@ class CaptureError(SpeccError, RuntimeError):
     """The model's forward could not be captured as one graph."""
 
 
+class CompileError(SpeccError, RuntimeError):
+    """A captured graph could not be turned into code."""
+
+
 class PassError(SpeccError, RuntimeError):
     """A compiler pass failed; the graph it was working on is discarded."""
 

@@ -19,7 +19,6 @@ from specc.lowerings.devices import device_kind
 from specc.lowerings.framework import REGISTRY
 from specc.options import Options
 from specc.passes import PASSES, passes_at
-from specc.passes.choose_providers import inline_table
 from specc.passes.framework import Level, Observer, PassContext, run_passes
 from specc.report import dump_folder, observers_for
 
@@ -70,7 +69,7 @@ def _through_inductor(
         nonlocal traced
         traced = True
         _run_level("aten", aten_gm, context, observers)
-        return compat.inductor_compile(aten_gm, fake_inputs, inline_table(context), patches)
+        return compat.inductor_compile(aten_gm, fake_inputs, patches)
 
     # A dump needs the passes to run, so it must not be answered from torch's cache.
     dumping = dump_folder(context.options) is not None

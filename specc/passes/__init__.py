@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from specc.passes import canonicalize, choose_providers
+from specc.passes import canonicalize, choose_providers, greedy_select, lower_linear, prune_logits
 from specc.passes.framework import Level, Pass, PassContext, PassResult, Remark
 
 PASSES: tuple[Pass, ...] = (
     canonicalize.PASS,
     choose_providers.ON_DYNAMO,
+    greedy_select.PASS,
+    prune_logits.PASS,
+    lower_linear.PASS,
     choose_providers.ON_ATEN,
 )
 

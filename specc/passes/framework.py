@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable, Iterable, Sequence
-from typing import Literal, Protocol
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol
 
 import torch
-from torch.fx import GraphModule, Node
+from torch._ops import OpOverload
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
 
 from specc.errors import PassError, SpeccError
 from specc.options import Options
@@ -17,6 +21,14 @@ log = logging.getLogger(__name__)
 
 Level = Literal["dynamo", "aten"]
 Status = Literal["fired", "refused"]
+
+
+# Files that stand between a line of the user's model and the operator it led to.
+PLUMBING = (
+    str(Path(__file__).parents[1] / "lowerings"),
+    str(Path(__file__).parents[1] / "runtime" / "cache.py"),
+    str(Path("transformers", "cache_utils.py")),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,14 +96,16 @@ class Observer(Protocol):
 
 
 def source_line(node: Node) -> str:
-    """The innermost line of user code behind a node, as ``file:line: code``."""
+    """The innermost line of the user's model behind a node, as ``file:line: code``."""
     trace = node.meta.get("stack_trace") or ""
     lines = [line.strip() for line in trace.splitlines() if line.strip()]
     frames = [i for i, line in enumerate(lines) if line.startswith('File "')]
     if not frames:
         return "unknown source"
-    file, line = lines[frames[-1]].split(", ")[:2]
-    code = lines[frames[-1] + 1] if frames[-1] + 1 < len(lines) else ""
+    own = [i for i in frames if any(place in lines[i] for place in PLUMBING)]
+    frame = next((i for i in reversed(frames) if i not in own), frames[-1])
+    file, line = lines[frame].split(", ")[:2]
+    code = lines[frame + 1] if frame + 1 < len(lines) else ""
     where = file.removeprefix('File "').removesuffix('"') + ":" + line.removeprefix("line ")
     return f"{where}: {code}" if code else where
 
@@ -152,3 +166,49 @@ def fake_tensor(node: object) -> torch.Tensor | None:
     """The fake tensor behind a graph argument, or None where it is no tensor."""
     value = fake_value(node) if isinstance(node, Node) else None
     return value if isinstance(value, torch.Tensor) else None
+
+
+def tensor_of(node: object) -> torch.Tensor:
+    """The fake tensor of a node that must have one."""
+    value = fake_tensor(node)
+    assert value is not None, f"{node} has no fake tensor"
+    return value
+
+
+def source_of(node: Node, position: int = 0) -> Node:
+    """The node that a call reads as its argument number ``position``."""
+    source = node.args[position]
+    assert isinstance(source, Node)
+    return source
+
+
+def overload_of(node: Node) -> OpOverload:
+    """What a node of an ATen graph calls."""
+    assert isinstance(node.target, OpOverload)
+    return node.target
+
+
+def call_arguments(node: Node) -> dict[str, Any]:
+    """The arguments of an ATen call by their names in its schema, defaults filled in."""
+    schema = overload_of(node)._schema.arguments
+    given = {each.name: value for each, value in zip(schema, node.args, strict=False)} | node.kwargs
+    return {each.name: given.get(each.name, each.default_value) for each in schema}
+
+
+def insert_call(
+    graph: Graph,
+    target: OpOverload,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    like: Node,
+) -> Node:
+    """Add an ATen call where ``graph`` inserts, with its fake value and ``like``'s line of user code."""
+    node = graph.call_function(target, args, dict(kwargs or {}))
+    if "stack_trace" in like.meta:
+        node.meta["stack_trace"] = like.meta["stack_trace"]
+    modes = [mode for each in node.all_input_nodes if (mode := getattr(each.meta["val"], "fake_mode", None))]
+    with modes[0] if modes else contextlib.nullcontext():
+        fake_args, fake_kwargs = map_arg((node.args, node.kwargs), lambda each: each.meta["val"])
+        node.meta["val"] = target(*fake_args, **fake_kwargs)
+    return node

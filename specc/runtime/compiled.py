@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from specc import compat
-from specc.errors import CaptureError, SpeccError
+from specc.errors import CaptureError, CompileError, SpeccError
 from specc.options import Options
 
 
@@ -90,9 +90,13 @@ def _explained(error: Exception) -> SpeccError:
     cause = getattr(error, "inner_exception", None)
     if isinstance(cause, SpeccError):
         return cause
-    reason = str(error).strip().splitlines()
+    reason = next(iter(str(cause or error).strip().splitlines()), type(error).__name__)
+    if cause is not None:
+        return CompileError(
+            f"the captured forward could not be compiled ({type(cause).__name__}: {reason}). "
+            f"options={{'inductor': False}} runs it as captured; compile=False does not capture it."
+        )
     return CaptureError(
-        f"the model's forward cannot be captured as one graph: {compat.user_line(error)}: "
-        f"{reason[0] if reason else type(error).__name__}. "
+        f"the model's forward cannot be captured as one graph: {compat.user_line(error)}: {reason}. "
         f"compile=False runs the same speculation without capturing it."
     )

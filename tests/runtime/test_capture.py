@@ -9,7 +9,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import specc
-from specc.errors import CaptureError
+from specc.errors import CaptureError, CompileError
 from specc.runtime.forward import block_logits, next_draft
 from specc.runtime.model import DRAFT, VERIFY, BoundModel
 from specc.runtime.session import _left_aligned
@@ -120,3 +120,16 @@ def test_a_model_that_cannot_be_captured_names_the_line(fresh_compiler: None) ->
     assert torch.equal(
         tokens, model.generate(**prompt(1), max_new_tokens=4, eos_token_id=None, pad_token_id=0)
     )
+
+
+def test_a_backend_failure_is_not_called_a_capture_failure(
+    fresh_compiler: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any) -> Any:
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr("specc.pipeline.compat.inductor_compile", fails)
+    monkeypatch.setattr("torch._inductor.config.force_disable_caches", True)
+    options = {"inductor": True, "disable_passes": ["greedy_select"]}
+    with pytest.raises(CompileError, match="RuntimeError: no such kernel.*'inductor': False"):
+        specc.generate(tiny("qwen3"), **prompt(1), draft="ngram", options=options, max_new_tokens=4)

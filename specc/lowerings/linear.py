@@ -1,0 +1,48 @@
+"""``specc::linear``: a few rows times a weight matrix, the bulk of a verify block on a CPU."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from specc.lowerings.framework import Provider, Reason, define_op
+
+
+def reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``x @ weight.T + bias``. x: [M, K]; weight: [N, K]; bias: [N] or None; returns [M, N]."""
+    if bias is None:
+        return torch.ops.aten.mm.default(x, weight.t())
+    return torch.ops.aten.addmm.default(bias, x, weight.t())
+
+
+def _fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    torch._check(x.shape[1] == weight.shape[1], lambda: "linear: x is [M, K] and weight [N, K]")
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+def _onednn_supports(x: Tensor, weight: Tensor, bias: Tensor | None) -> Reason:
+    if x.device.type != "cpu":
+        return f"is for CPUs, got {x.device.type}"
+    if not all(each.dtype == torch.float32 for each in (x, weight)):
+        return f"is only taken for float32, got {x.dtype}: elsewhere aten uses oneDNN by itself"
+    if not torch.backends.mkldnn.is_available():
+        return "this torch is built without oneDNN"
+    return None
+
+
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """oneDNN's inner product takes the weight as it lies in memory.
+
+    ``aten::mm`` hands float32 to the BLAS, whose kernels for 2 to 16 rows read the weight at a half to
+    a third of the speed (figures in benchmarks/NOTES.md).
+    """
+    return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
+
+
+linear = define_op(
+    "linear",
+    "(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    reference,
+    _fake,
+    (Provider("onednn", _onednn, _onednn_supports, priority=10),),
+)

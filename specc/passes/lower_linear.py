@@ -1,0 +1,54 @@
+"""Give products with a transposed weight to ``specc::linear``, where something beats ``aten::mm``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from specc.lowerings import linear
+from specc.passes.framework import Pass, PassContext, PassResult, Sites, fake_tensor
+
+NAME = "lower_linear"
+
+aten = torch.ops.aten
+
+# Product -> positions of (x, transposed weight, bias) among its arguments.
+PRODUCTS = {aten.mm.default: (0, 1, None), aten.addmm.default: (1, 2, 0)}
+
+
+def run(gm: GraphModule, context: PassContext) -> PassResult:
+    """Rewrite ``mm(x, t(w))`` and ``addmm(bias, x, t(w))``, unless the reference is all there is."""
+    sites = Sites(NAME)
+    forced = dict(context.options.providers).get(linear.name)
+    for target, (x_at, weight_at, bias_at) in PRODUCTS.items():
+        for node in gm.graph.find_nodes(op="call_function", target=target):
+            weight = _untransposed(node.args[weight_at])
+            if weight is None or node.kwargs:
+                continue
+            operands = (node.args[x_at], weight, None if bias_at is None else node.args[bias_at])
+            decision = linear.choose(*map(_fake_operand, operands), forced=forced)
+            if decision.provider.run is linear.reference:
+                sites.refused(node, f"nothing beats {target} here ({decision.describe()})")
+                continue
+            node.target, node.args = linear.overload, operands
+            sites.fired(node, f"{target} of a weight becomes specc::linear")
+    return sites.result
+
+
+def _untransposed(node: object) -> Node | None:
+    """The [N, K] weight behind its transpose, if rows of it lie in memory one behind the other."""
+    if not isinstance(node, Node) or node.target is not aten.t.default:
+        return None
+    weight = node.args[0]
+    value = fake_tensor(weight)
+    if not isinstance(weight, Node) or value is None or not value.is_contiguous():
+        return None
+    return weight
+
+
+def _fake_operand(operand: object) -> Tensor | None:
+    return fake_tensor(operand)
+
+
+PASS = Pass(NAME, "aten", run)
