@@ -25,7 +25,7 @@ import specc
 from benchmarks.harness import Sample, machine, read_bandwidth, record, weight_bytes
 from specc.models import load
 
-BLOCKS = (1, 4, 6, 8, 12)
+BLOCKS = (1, 4, 8)
 
 
 @dataclasses.dataclass

@@ -10,7 +10,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
-
 # The models are tiny: a second thread costs more than it brings.
 torch.set_num_threads(1)
 

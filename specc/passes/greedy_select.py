@@ -48,9 +48,6 @@ SCALES = (aten.div.Tensor, aten.div.Scalar, aten.mul.Tensor, aten.mul.Scalar)
 ROW_SELECTIONS = (aten.select.int, aten.slice.Tensor)
 CAST = aten._to_copy.default
 
-# Softmax computes these in float32 and rounds once; so does the value.
-WIDER = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
-
 
 class Platform(NamedTuple):
     """Whether a kind of device takes this rewrite, and why."""
@@ -187,7 +184,8 @@ def _insert_value(site: Site, column: Node, keepdim: bool) -> Node:
 
     with graph.inserting_before(site.softmax):
         rows = _selected(site.scores, site)
-        rows = cast(rows, WIDER.get(tensor_of(rows).dtype, tensor_of(rows).dtype))
+        # Softmax, too, computes in float32 at least and rounds once.
+        rows = cast(rows, torch.promote_types(tensor_of(rows).dtype, torch.float32))
         largest = call(aten.gather.default, rows, -1, column)
         terms = call(aten.exp.default, call(aten.sub.Tensor, rows, largest))
         value = call(aten.sum.dim_IntList, terms, [-1], keepdim)

@@ -128,26 +128,27 @@ def _role(node: Node, source: Node) -> Role | None:
     if result is None or entering is None:
         return None
     same_shape = _same(result.shape, entering.shape)
-    if node.target in IDENTITIES or (same_shape and node.target in (aten.slice.Tensor, *RESHAPES)):
-        return "identity"
-    if node.target in RESHAPES and _same(result.shape[-1:], entering.shape[-1:]):
-        return "reshape"
-    if node.target in SELECTIONS and _objection(node, source) is None:
-        return "selection"
+    if node.args[:1] == (source,):
+        if node.target in IDENTITIES or (same_shape and node.target in (aten.slice.Tensor, *RESHAPES)):
+            return "identity"
+        if node.target in RESHAPES and _same(result.shape[-1:], entering.shape[-1:]):
+            return "reshape"
+        if node.target in SELECTIONS and _objection(node, source) is None:
+            return "selection"
     if same_shape and result.device == entering.device and _is_pointwise(node, source):
         return "pointwise"
     return None
 
 
 def _objection(node: Node, source: Node) -> str | None:
-    """Why this selection cannot move to the hidden states. None where it can, or is no selection."""
-    if node.target not in (*SELECTIONS, *UNHANDLED_SELECTIONS):
+    """Why this selection cannot move to the hidden states. None where it can, or is no selection of them."""
+    if node.target not in (*SELECTIONS, *UNHANDLED_SELECTIONS) or node.args[:1] != (source,):
         return None
     arguments = call_arguments(node)
     indices = {dim: index for dim, index in enumerate(arguments.get("indices", ())) if index is not None}
     if any(tensor_of(index).dtype in (torch.bool, torch.uint8) for index in indices.values()):
         return f"{node} selects by a mask, which does not say how many rows it keeps"
-    rank = tensor_of(source).dim()
+    rank = max(tensor_of(source).dim(), 1)
     by_rows = rank - 1 not in (indices or {arguments["dim"] % rank})
     if node.target in SELECTIONS and not by_rows:
         return f"{node} selects in the last dim, the vocabulary, and not rows"

@@ -33,6 +33,7 @@ W = (torch.arange(VOCAB * HIDDEN) * 37 % 17 - 8.0).view(VOCAB, HIDDEN)
 B = torch.arange(VOCAB) * 5 % 11 - 4.0
 LAST = torch.tensor([4, 0, 2])
 ROWS = torch.arange(BATCH)
+EVERY = torch.arange(BATCH * TOKENS * VOCAB)
 MASK = torch.tensor([True, False, True, False, True])
 
 
@@ -218,6 +219,7 @@ UNRELATED: dict[str, Form] = {
     "mlp": lambda h: F.silu(linear(h)) * linear(h, B),
     "attention heads": lambda h: linear(h).view(BATCH, TOKENS, 6, 8).transpose(1, 2),
     "fused projections": lambda h: linear(h).chunk(3, -1),
+    "an index, not a source": lambda h: EVERY.index_select(0, linear(h).argmax()),
     "selected first": lambda h: linear(h[:, -1]),
 }
 
