@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import sysconfig
 import types
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -102,15 +104,23 @@ def inductor_mode_patches(mode: str) -> dict[str, Any]:
 
 
 def cpp_compiler_obstacle() -> str | None:
-    """Why Inductor cannot build C++ here, or None."""
+    """Why Inductor cannot build C++ here, or None. Its kernels are Python modules: they need Python.h."""
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
 
     try:
         get_cpp_compiler()
-    except (InvalidCxxCompiler, RuntimeError) as error:
+    except (InvalidCxxCompiler, RuntimeError, OSError) as error:
         return str(error).splitlines()[0]
-    return None
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    return None if header.is_file() else f"there is no {header} (Debian and Ubuntu: apt install python3-dev)"
+
+
+def fake_mode() -> Any:
+    """A mode in which tensors have shapes, dtypes and devices, but no storage."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode(allow_non_fake_inputs=False)
 
 
 def fresh_code(function: types.FunctionType) -> types.FunctionType:

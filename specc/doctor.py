@@ -9,7 +9,6 @@ import json
 import os
 import platform
 import re
-import sysconfig
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -119,13 +118,11 @@ def examine() -> Report:
     listed = "specc" in torch.compiler.list_backends()
     if not listed:
         problems.append(_UNLISTED)
-    no_compiler, no_headers = compat.cpp_compiler_obstacle(), headers_obstacle(_include_folder())
-    if no_headers and not no_compiler:
-        problems.append(_headers_missing(no_headers))
+    obstacle = compat.cpp_compiler_obstacle()
     devices = _devices()
     return report(
         devices=devices,
-        inductor_obstacle=no_compiler or no_headers,
+        inductor_obstacle=obstacle,
         backend_listed=listed,
         ops=[choice for kind in dict.fromkeys(each.kind for each in devices) for choice in choices_on(kind)],
         problems=problems,
@@ -136,14 +133,6 @@ _UNLISTED = Problem(
     "torch does not list the backend 'specc'",
     "its entry point is missing; reinstall with pip install torch-specc (pip install -e . in a checkout)",
 )
-
-
-def _headers_missing(obstacle: str) -> Problem:
-    return Problem(
-        f"{obstacle}, so Inductor cannot build for the CPU",
-        "install Python's headers (Debian and Ubuntu: the package python3-dev), or use --no-inductor, "
-        "options={'inductor': False}",
-    )
 
 
 def _without_torch(report: Callable[..., Report], problems: list[Problem]) -> Report:
@@ -258,16 +247,6 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _include_folder() -> Path:
-    return Path(sysconfig.get_path("include"))
-
-
-def headers_obstacle(include: Path) -> str | None:
-    """Inductor's C++ kernels are Python modules, so a compiler alone is not enough."""
-    header = include / "Python.h"
-    return None if header.is_file() else f"there is no {header}"
-
-
 def _device_line(device: Device) -> str:
     facts = ", ".join(f"{name} {value}" for name, value in device.facts.items())
     return f"{device.kind}: {device.name}" + (f" ({facts})" if facts else "")
@@ -278,12 +257,11 @@ def _device_line(device: Device) -> str:
 
 def choices_on(kind: str) -> list[OpChoice]:
     """What every registered operator would take on a device kind, asked with fake tensors."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
+    from specc.compat import fake_mode
     from specc.lowerings import REGISTRY
 
     device = "cuda" if kind == "hip" else kind
-    with FakeTensorMode(allow_non_fake_inputs=False):
+    with fake_mode():
         return [_choice(name, kind, device) for name in sorted(REGISTRY)]
 
 
