@@ -365,6 +365,16 @@ def test_recurrent_models_are_refused_by_name() -> None:
         specc.generate(tiny("llama"), IDS, **{**SPECC, "draft": model}, **SETTINGS)
 
 
+def test_models_that_build_their_own_masks_are_refused() -> None:
+    """GPT-Neo slices a causal mask of its own by the length of the cache: it would be silently wrong."""
+    from transformers import GPTNeoConfig, GPTNeoForCausalLM
+
+    layers = {"num_layers": 2, "num_heads": 2, "attention_types": [[["global", "local"], 1]]}
+    model = GPTNeoForCausalLM(GPTNeoConfig(vocab_size=VOCAB, hidden_size=16, **layers)).eval()
+    with pytest.raises(UnsupportedError, match="GPTNeoForCausalLM does not take its attention masks"):
+        specc.generate(model, IDS, **SPECC, **SETTINGS)
+
+
 def test_an_attention_implementation_without_a_mask_rule_is_refused() -> None:
     model = copy.deepcopy(tiny("llama"))
     model.config._attn_implementation = "flex_attention"

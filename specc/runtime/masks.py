@@ -42,6 +42,10 @@ PATTERNS: dict[str, tuple[Visible, str | None]] = {
 # Attention implementation -> whether it adds the mask to the scores (else it is boolean).
 IMPLEMENTATIONS: dict[str, bool] = {"sdpa": False, "eager": True}
 
+# Models outside transformers' attention interface may build masks or biases of their own from one
+# length for all rows (GPT-Neo, BLOOM). These do not: their tokens were compared.
+CHECKED_BY_HAND = frozenset({"codegen", "gptj"})
+
 
 @dataclasses.dataclass(frozen=True)
 class MaskPlan:
@@ -55,9 +59,15 @@ class MaskPlan:
     def of(cls, model: Any) -> MaskPlan:
         """Read the plan off a model's configuration.
 
-        Raises UnsupportedError for layer types or attention implementations without a rule here.
+        Raises UnsupportedError for layer types and attention implementations without a rule here, and
+        for models that do not use the masks they are given.
         """
         config = model.config.get_text_config()
+        if not model._supports_attention_backend and config.model_type not in CHECKED_BY_HAND:
+            raise UnsupportedError(
+                f"{type(model).__name__} does not take its attention masks from outside as they are, and "
+                f"specc's would be ignored: use the model's own generate"
+            )
         implementation = config._attn_implementation
         if implementation not in IMPLEMENTATIONS:
             raise UnsupportedError(
