@@ -179,6 +179,14 @@ def test_compiled_graphs_are_kept_between_processes(tmp_path: Path) -> None:
     assert "greedy_select: fired" not in log
 
 
+def test_modes_ask_inductor_for_what_they_mean_but_not_for_its_device_graphs() -> None:
+    """specc captures whole steps itself: Inductor's graph trees would capture within them."""
+    patches = pipeline._config_patches(specc.Options(max_autotune=True), "reduce-overhead")
+    assert patches == {"max_autotune": True}
+    assert "max_autotune" in pipeline._config_patches(specc.Options(), "max-autotune-no-cudagraphs")
+    assert pipeline._config_patches(specc.Options(), None) == {}
+
+
 def test_the_cache_key_covers_sources_options_and_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     def key(options: Any = None, devices: tuple[str, ...] = ("cpu",)) -> str:
         return pipeline.cache_key(specc.Options.parse(options), devices, {})

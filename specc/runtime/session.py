@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from specc.errors import SpeccError
 from specc.options import Options
 from specc.runtime.acceptance import commit, target_choice
 from specc.runtime.device_graph import device_graph
@@ -54,6 +55,7 @@ class Request:
 class Speculation:
     """How a generation went. ``steps`` counts one per row and step; prefill is none.
 
+    ``new_tokens``: what all rows committed, which a stop found on the host may have cut afterwards.
     ``acceptance[j]``: share of steps whose draft j + 1 was accepted. Seconds are wall clock;
     ``decode_seconds`` leaves compiling out.
     """
@@ -106,8 +108,14 @@ def _decode(state: DecodeState, target: BoundModel, drafter: Drafter, drain: Dra
     graph = device_graph(state.text.device)
     graph.capture(lambda: speculative_step(state, target, drafter))
     while not drain.finished:
+        committed = int(state.text_lens.sum())
         graph.replay()
         _hand_over(state, drain)
+        if not drain.finished and int(state.text_lens.sum()) == committed:
+            raise SpeccError(
+                "every row has ended, but the stopping criteria want more tokens: pass a max_new_tokens and "
+                "EOS ids that agree with them, or use the model's own generate"
+            )
     graph.reset()
 
 

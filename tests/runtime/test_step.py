@@ -235,3 +235,29 @@ def test_the_eager_graph_replays_its_program() -> None:
     graph.reset()
     with pytest.raises(RuntimeError, match="capture"):
         graph.replay()
+
+
+def test_criteria_that_never_end_are_an_error_and_no_endless_loop() -> None:
+    """The row is done on the device at its limit; a criterion that ignores the limit would wait for ever."""
+    from specc.errors import SpeccError
+    from specc.options import Options
+    from specc.runtime.session import Request, run
+    from tests.families import tiny
+
+    request = Request(
+        model=tiny("llama"),
+        prompts=torch.tensor([[3, 4, 5]]),
+        attention_mask=None,
+        draft="ngram",
+        num_draft_tokens=2,
+        max_new_tokens=6,
+        min_new_tokens=0,
+        eos=torch.tensor([], dtype=torch.int64),
+        pad_token=None,
+        criteria=Criteria([Counter({}, eos=False)]),
+        streamer=None,
+        options=Options(),
+        compiled=False,
+    )
+    with torch.no_grad(), pytest.raises(SpeccError, match="every row has ended"):
+        run(request)
