@@ -11,7 +11,6 @@ import platform
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from specc.errors import ProviderError
 
@@ -268,11 +267,9 @@ def choices_on(kind: str) -> list[OpChoice]:
 def _choice(name: str, kind: str, device: str) -> OpChoice:
     from specc.lowerings import REGISTRY
 
-    sample = SAMPLES.get(name)
-    if sample is None:
-        return OpChoice(name, kind, None, {}, "no sample for this op")
+    op = REGISTRY[name]
     try:
-        decision = REGISTRY[name].choose(*sample(device))
+        decision = op.choose(*op.sample(device))
     except ProviderError as error:
         return OpChoice(name, kind, None, {}, str(error))
     return OpChoice(name, kind, decision.provider.name, dict(decision.refused))
@@ -282,46 +279,3 @@ def _op_line(choice: OpChoice) -> str:
     refused = "; ".join(f"not {name}: {reason}" for name, reason in choice.refused.items())
     taken = choice.provider or choice.note
     return f"{choice.op} on {choice.device}: {taken}" + (f" ({refused})" if refused else "")
-
-
-def _greedy_select(device: str) -> tuple[Any, ...]:
-    import torch
-
-    return (torch.empty(4, 32000, dtype=_compute_dtype(device), device=device),)
-
-
-def _accept_greedy(device: str) -> tuple[Any, ...]:
-    import torch
-
-    block = torch.empty(4, 5, dtype=torch.int64, device=device)
-    return block, torch.empty_like(block)
-
-
-def _kv_write(device: str) -> tuple[Any, ...]:
-    import torch
-
-    new = torch.empty(20, 8, 128, dtype=_compute_dtype(device), device=device)
-    pages = torch.empty(64, 16, 8, 128, dtype=new.dtype, device=device)
-    return new, new, pages, pages, torch.empty(20, dtype=torch.int64, device=device)
-
-
-def _linear(device: str) -> tuple[Any, ...]:
-    import torch
-
-    rows = torch.empty(4, 576, dtype=_compute_dtype(device), device=device)
-    return rows, torch.empty(1536, 576, dtype=rows.dtype, device=device), None
-
-
-def _compute_dtype(device: str) -> Any:
-    import torch
-
-    return torch.float32 if device == "cpu" else torch.bfloat16
-
-
-# One typical call per operator: arguments in the order of its schema.
-SAMPLES: dict[str, Callable[[str], tuple[Any, ...]]] = {
-    "accept_greedy": _accept_greedy,
-    "greedy_select": _greedy_select,
-    "kv_write": _kv_write,
-    "linear": _linear,
-}

@@ -32,9 +32,15 @@ def _fake(candidates: Tensor, target_choice: Tensor) -> tuple[Tensor, Tensor]:
     return candidates.new_empty(rows), candidates.new_empty(rows)
 
 
+def _sample(device: str) -> tuple[Tensor, ...]:
+    candidates, choice = torch.randint(0, 3, (2, 4, 5), device=device)
+    return candidates, choice
+
+
 accept_greedy = define_op(
     "accept_greedy",
     "(Tensor candidates, Tensor target_choice) -> (Tensor, Tensor)",
     reference,
     _fake,
+    _sample,
 )

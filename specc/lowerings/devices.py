@@ -10,3 +10,8 @@ def device_kind(device: torch.device) -> str:
     if device.type == "cuda" and torch.version.hip is not None:
         return "hip"
     return device.type
+
+
+def usual_dtype(device: str) -> torch.dtype:
+    """What models compute in there: float32 on a CPU, bfloat16 elsewhere."""
+    return torch.float32 if device == "cpu" else torch.bfloat16

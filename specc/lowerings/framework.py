@@ -53,11 +53,15 @@ class Decision:
 
 @dataclasses.dataclass(frozen=True)
 class Op:
-    """A registered operator; calling it calls ``torch.ops.specc.<name>``."""
+    """A registered operator; calling it calls ``torch.ops.specc.<name>``.
+
+    ``sample(device)`` makes the arguments of a typical call, real or, in a fake mode, fake.
+    """
 
     name: str
     schema: str
     reference: Callable[..., Any]
+    sample: Callable[[str], tuple[Any, ...]]
     providers: tuple[Provider, ...]
 
     @property
@@ -104,6 +108,7 @@ def define_op(
     schema: str,
     reference: Callable[..., Any],
     fake: Callable[..., Any],
+    sample: Callable[[str], tuple[Any, ...]],
     providers: tuple[Provider, ...] = (),
 ) -> Op:
     """Register ``specc::name`` with its reference as the provider of last resort.
@@ -112,7 +117,7 @@ def define_op(
     declared there (``Tensor(a!)``).
     """
     base = Provider("reference", reference, always, priority=-1, inline=True)
-    op = Op(name, schema, reference, (*providers, base))
+    op = Op(name, schema, reference, sample, (*providers, base))
     _register(name, schema, lambda *args: op.choose(*args).provider.run(*args), fake)
     for provider in op.providers:
         _register(f"{name}.{provider.name}", schema, provider.run, fake)

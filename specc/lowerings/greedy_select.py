@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from specc.lowerings import triton_kernels
-from specc.lowerings.devices import device_kind
+from specc.lowerings.devices import device_kind, usual_dtype
 from specc.lowerings.framework import Provider, Reason, define_op
 
 
@@ -41,10 +41,15 @@ def _triton(logits: Tensor) -> Tensor:
     return argmax.split_argmax(logits)
 
 
+def _sample(device: str) -> tuple[Tensor, ...]:
+    return (torch.randn(4, 1000, device=device, dtype=usual_dtype(device)),)
+
+
 greedy_select = define_op(
     "greedy_select",
     "(Tensor logits) -> Tensor",
     reference,
     _fake,
+    _sample,
     (Provider("triton", _triton, _triton_supports, priority=10),),
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from specc.lowerings.devices import usual_dtype
 from specc.lowerings.framework import define_op
 
 
@@ -28,9 +29,16 @@ def _fake(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor)
     torch._check(v.shape[0] == slots.shape[0], lambda: "kv_write: one slot per token")
 
 
+def _sample(device: str) -> tuple[Tensor, ...]:
+    k, v = torch.randn(2, 20, 8, 64, device=device, dtype=usual_dtype(device))
+    k_pages, v_pages = torch.zeros(2, 4, 16, 8, 64, device=device, dtype=k.dtype)
+    return k, v, k_pages, v_pages, torch.arange(20, 40, device=device)
+
+
 kv_write = define_op(
     "kv_write",
     "(Tensor k, Tensor v, Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor slots) -> ()",
     reference,
     _fake,
+    _sample,
 )

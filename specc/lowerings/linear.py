@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from specc.lowerings.devices import usual_dtype
 from specc.lowerings.framework import Provider, Reason, define_op
 
 
@@ -39,10 +40,16 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
 
 
+def _sample(device: str) -> tuple[Tensor, ...]:
+    x, weight = (torch.randn(n, 64, device=device, dtype=usual_dtype(device)) for n in (4, 96))
+    return x, weight, torch.randn(96, device=device, dtype=x.dtype)
+
+
 linear = define_op(
     "linear",
     "(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
     reference,
     _fake,
+    _sample,
     (Provider("onednn", _onednn, _onednn_supports, priority=10),),
 )
