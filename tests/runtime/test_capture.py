@@ -129,7 +129,6 @@ def test_a_backend_failure_is_not_called_a_capture_failure(
         raise RuntimeError("no such kernel")
 
     monkeypatch.setattr("specc.pipeline.compat.inductor_compile", fails)
-    monkeypatch.setattr("torch._inductor.config.force_disable_caches", True)
     options = {"inductor": True, "disable_passes": ["greedy_select"]}
     with pytest.raises(CompileError, match="RuntimeError: no such kernel.*'inductor': False"):
         specc.generate(tiny("qwen3"), **prompt(1), draft="ngram", options=options, max_new_tokens=4)
