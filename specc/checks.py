@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from specc import compat
 from specc.errors import InputError, UnsupportedError
 from specc.runtime.masks import MaskPlan
 
@@ -17,7 +19,7 @@ DRAFTS = "draft='ngram' (prompt lookup) or draft=<a causal LM of the same vocabu
 Wrong = Callable[[Any], bool]
 
 
-def _given(value: Any) -> bool:
+def is_given(value: Any) -> bool:
     return value is not None and value is not False
 
 
@@ -27,27 +29,31 @@ def _above_one(value: Any) -> bool:
 
 # Generation settings that change what is computed, and what to do instead.
 REFUSED_SETTINGS: dict[str, tuple[Wrong, str]] = {
-    "do_sample": (_given, "sampling is not supported yet: pass do_sample=False"),
+    "do_sample": (is_given, "sampling is not supported yet: pass do_sample=False"),
     "num_beams": (_above_one, "beam search is not supported: pass num_beams=1"),
     "num_return_sequences": (
         _above_one,
         "greedy decoding has one answer per prompt: pass num_return_sequences=1",
     ),
-    "output_scores": (_given, "scores are not kept yet: pass output_scores=False"),
-    "output_logits": (_given, "logits are not kept yet: pass output_logits=False"),
-    "output_attentions": (_given, "attentions are not kept: pass output_attentions=False"),
-    "output_hidden_states": (_given, "hidden states are not kept: pass output_hidden_states=False"),
+    "output_scores": (is_given, "scores are not kept yet: pass output_scores=False"),
+    "output_logits": (is_given, "logits are not kept yet: pass output_logits=False"),
+    "output_attentions": (is_given, "attentions are not kept: pass output_attentions=False"),
+    "output_hidden_states": (is_given, "hidden states are not kept: pass output_hidden_states=False"),
     "use_cache": (lambda value: value is False, "specc works over a cache: pass use_cache=True"),
     "prompt_lookup_num_tokens": (
-        _given,
+        is_given,
         "specc has prompt lookup of its own: pass draft='ngram' and num_draft_tokens",
     ),
-    "assistant_early_exit": (_given, "early exit is not supported: pass draft='ngram'"),
-    "use_mtp": (_given, "MTP heads are not supported yet: pass draft='ngram'"),
-    "penalty_alpha": (_given, "contrastive search is not supported: leave penalty_alpha out"),
-    "dola_layers": (_given, "DoLa decoding is not supported: leave dola_layers out"),
-    "prefill_chunk_size": (_given, "chunked prefill is not supported yet: leave it out"),
-    "token_healing": (_given, "token healing is not supported: leave token_healing out"),
+    "assistant_early_exit": (is_given, "early exit is not supported: pass draft='ngram'"),
+    "use_mtp": (is_given, "MTP heads are not supported yet: pass draft='ngram'"),
+    "penalty_alpha": (is_given, "contrastive search is not supported: leave penalty_alpha out"),
+    "dola_layers": (is_given, "DoLa decoding is not supported: leave dola_layers out"),
+    "prefill_chunk_size": (is_given, "chunked prefill is not supported yet: leave it out"),
+    "cache_implementation": (
+        lambda value: value not in (None, "dynamic", "static", "hybrid"),
+        "specc keeps a cache of its own: leave cache_implementation out",
+    ),
+    "token_healing": (is_given, "token healing is not supported: leave token_healing out"),
 }
 
 # Arguments of generate that specc would have to ignore, and what to do instead.
@@ -80,7 +86,7 @@ def check_settings(settings: Mapping[str, Any]) -> None:
 def check_arguments(arguments: Mapping[str, Any]) -> None:
     """Refuse arguments of generate that specc would have to ignore."""
     for name, sentence in REFUSED_ARGUMENTS.items():
-        if arguments.get(name) is not None:
+        if is_given(arguments.get(name)):
             raise UnsupportedError(f"{name} is not supported: {sentence}")
 
 
@@ -98,10 +104,16 @@ def check_model(model: Any, what: str = "the model") -> None:
         raise InputError(f"{what} is spread over {', '.join(devices)}: move all of it to one device")
     if devices == ["meta"]:
         raise InputError(f"{what} has no weights (device 'meta'): load them first")
-    if getattr(model, "_is_stateful", False):
+    if compat.is_stateful(model):
         raise UnsupportedError(
             f"{what} ({type(model).__name__}) has recurrent layers, whose state specc cannot roll back "
             f"yet: use the model's own generate"
+        )
+    missing = {"position_ids", "past_key_values"} - set(inspect.signature(model.forward).parameters)
+    if missing:
+        raise UnsupportedError(
+            f"{what} ({type(model).__name__}) takes no {' and no '.join(sorted(missing))}, which specc "
+            f"needs: use the model's own generate"
         )
     MaskPlan.of(model)
 
@@ -162,13 +174,16 @@ def check_prompt(prompts: Any, attention_mask: Any, model: Any) -> None:
 def _check_mask(prompts: Tensor, attention_mask: Any) -> None:
     if not isinstance(attention_mask, Tensor) or attention_mask.shape != prompts.shape:
         raise InputError(f"attention_mask must have the prompt's shape {list(prompts.shape)}")
+    if attention_mask.device != prompts.device:
+        raise InputError(f"attention_mask is on {attention_mask.device} and the prompt on {prompts.device}")
     kept = attention_mask != 0
     if not bool(kept.any(dim=1).all()):
         raise InputError("a prompt is empty: its attention_mask has no 1; give each row a token")
     if bool((kept[:, :-1] & ~kept[:, 1:]).any()):
         raise InputError(
             "prompts must be padded on the left: attention_mask has a 0 behind a 1 "
-            "(tokenizer.padding_side = 'left')"
+            "(tokenizer.padding_side = 'left'; if the prompt means its pad tokens, pass an attention_mask "
+            "of ones)"
         )
 
 

@@ -6,14 +6,19 @@ Everything here is import-time light: each function imports what it names when i
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import sysconfig
 import types
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch._ops import HigherOrderOperator as HigherOrderOperator
+from torch._ops import OpOverload as OpOverload
+from torch._ops import OpOverloadPacket as OpOverloadPacket
 
 # --- torch 2.11 and 2.13 ------------------------------------------------------------------------
 
@@ -142,9 +147,54 @@ def fresh_code(function: types.FunctionType) -> types.FunctionType:
 
 def dynamo_errors() -> tuple[type[Exception], ...]:
     """What a torch.compile'd call raises when the capture or the backend fails."""
-    from torch._dynamo.exc import TorchDynamoException
+    from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
-    return (TorchDynamoException,)
+    return (TorchDynamoException, FailOnRecompileLimitHit)
+
+
+def is_recompile_limit(error: Exception) -> bool:
+    from torch._dynamo.exc import FailOnRecompileLimitHit
+
+    return isinstance(error, FailOnRecompileLimitHit)
+
+
+def mark_dynamic(tensor: torch.Tensor, dim: int) -> None:
+    """Keep a size symbolic where that is possible, so that another one does not recompile."""
+    import torch._dynamo
+
+    torch._dynamo.maybe_mark_dynamic(tensor, dim)
+
+
+def onednn_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """oneDNN's inner product, float32 on a CPU. x: [M, K]; weight: [N, K] contiguous; bias: [N] or None."""
+    return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
+
+
+def uncompiled(model: Any) -> Any:
+    """The module behind ``torch.compile(module)``, ``module.compile()`` or a compiled ``module.forward``.
+
+    specc captures forwards itself, over a cache that is made outside of any graph. A compiled forward
+    is undone on a shallow copy, the same one each time; the module passed in stays as it is.
+    """
+    model = getattr(model, "_orig_mod", model)
+    if not isinstance(model, torch.nn.Module):
+        return model
+    forward = vars(model).get("forward")
+    original = getattr(forward, "_torchdynamo_orig_callable", None)
+    if original is None and model._compiled_call_impl is None:
+        return model
+    if model not in _UNCOMPILED:
+        plain = copy.copy(model)
+        plain._compiled_call_impl = None
+        if original is not None:
+            del plain.forward
+            if getattr(original, "__func__", None) is not type(model).forward:
+                plain.forward = original
+        _UNCOMPILED[model] = plain
+    return _UNCOMPILED[model]
+
+
+_UNCOMPILED: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
 
 def user_line(error: Exception) -> str:
@@ -176,6 +226,31 @@ def trace_artifact(name: str, payload: Callable[[], str]) -> None:
 
 
 # --- transformers 5.17 and 5.23 -----------------------------------------------------------------
+
+
+def attention_implementation(config: Any) -> str:
+    """The name a (text) configuration's model calls its attention by: "sdpa", "eager", ..."""
+    return config._attn_implementation
+
+
+def takes_masks(model: Any) -> bool:
+    """Whether the model's attention is transformers' own, which uses the masks it is given."""
+    return model._supports_attention_backend
+
+
+def is_stateful(model: Any) -> bool:
+    """Whether the model keeps a recurrent state that a shorter cache does not undo."""
+    return getattr(model, "_is_stateful", False)
+
+
+def is_prepared(config: Any) -> bool:
+    """Whether this generation config comes from within ``generate``, with its special tokens as tensors."""
+    return hasattr(config, "_eos_token_tensor")
+
+
+def pad_token(config: Any) -> torch.Tensor | None:
+    """The pad token of a prepared generation config."""
+    return config._pad_token_tensor
 
 
 def caller_argument(name: str) -> Any:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-from collections.abc import Mapping
+import types
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
@@ -49,12 +50,12 @@ class Settings:
 def generate(
     model: Any,
     inputs: Tensor | None = None,
+    generation_config: GenerationConfig | None = None,
     *,
     draft: Any = _MISSING,
     num_draft_tokens: int = 4,
     options: Options | Mapping[str, Any] | None = None,
     compile: bool = True,
-    generation_config: GenerationConfig | None = None,
     logits_processor: Any = None,
     stopping_criteria: Any = None,
     streamer: Any = None,
@@ -74,12 +75,15 @@ def generate(
     does not do, OptionError for wrong ``options``; all before any work starts. CaptureError if the
     model's forward cannot be captured.
     """
-    model = getattr(model, "_orig_mod", model)
+    model = compat.uncompiled(model)
     settings = _settings(model, draft, num_draft_tokens, options, compile)
-    if hasattr(generation_config, "_eos_token_tensor"):
+    if compat.is_prepared(generation_config):
         return _called_by_hf(
             model, inputs, settings, generation_config, logits_processor, stopping_criteria, kwargs
         )
+    if not isinstance(generation_config, GenerationConfig | None):
+        kind = type(generation_config).__name__
+        raise InputError(f"generation_config must be a GenerationConfig, got {kind}")
     prompts = inputs if inputs is not None else kwargs.get("input_ids")
     if prompts is not None:
         checks.check_prompt(prompts, kwargs.get("attention_mask"), model)
@@ -132,29 +136,51 @@ def attach(
 
     The arguments are those of ``generate``; so are the errors.
     """
-    if "generate" in vars(model):
-        raise InputError("this model's generate is replaced already: call specc.detach(model) first")
-    settings = _settings(model, draft, num_draft_tokens, options, compile)
-
-    @functools.wraps(type(model).generate)
-    def attached(inputs: Tensor | None = None, **kwargs: Any) -> Tensor | SpeccOutput:
-        own = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
-        return generate(model, inputs, **{**own, **kwargs})
-
-    model.generate = attached
+    original = getattr(model, "_orig_mod", model)
+    if _is_attached(original):
+        raise InputError("this model is attached already: call specc.detach(model) first")
+    if "generate" in vars(original):
+        raise InputError("this model's generate is replaced by something else: attach would hide that")
+    settings = _settings(compat.uncompiled(model), draft, num_draft_tokens, options, compile)
+    # A bound method, so that a copy of the model speculates with the copy's weights.
+    original.generate = types.MethodType(_Attached(settings, type(original).generate), original)
     return model
 
 
 def detach(model: Any) -> Any:
     """Give an attached model its own generate back; returns the model."""
-    if "generate" not in vars(model):
+    original = getattr(model, "_orig_mod", model)
+    if not _is_attached(original):
         raise InputError("this model is not attached: call specc.attach(model, draft=...) first")
-    del model.generate
+    del original.generate
     return model
+
+
+class _Attached:
+    """What an attached model's ``generate`` calls."""
+
+    def __init__(self, settings: Settings, wrapped: Any) -> None:
+        functools.update_wrapper(self, wrapped)
+        self._settings = settings
+
+    def __call__(
+        self,
+        model: Any,
+        inputs: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        **kwargs: Any,
+    ) -> Tensor | SpeccOutput:
+        own = {field.name: getattr(self._settings, field.name) for field in dataclasses.fields(Settings)}
+        return generate(model, inputs, generation_config, **{**own, **kwargs})
+
+
+def _is_attached(model: Any) -> bool:
+    return isinstance(getattr(vars(model).get("generate"), "__func__", None), _Attached)
 
 
 def _settings(model: Any, draft: Any, num_draft_tokens: Any, options: Any, compile: Any) -> Settings:
     parsed = parse_options(options)
+    draft = compat.uncompiled(draft)
     checks.check_model(model)
     checks.check_draft(draft, model, given=draft is not _MISSING)
     checks.check_num_draft_tokens(num_draft_tokens)
@@ -217,7 +243,7 @@ def _called_by_hf(
 ) -> Tensor | SpeccOutput:
     """The custom_generate form. What generate drops on the way here is refused, not lost."""
     for name in ("streamer", "assistant_model", "synced_gpus"):
-        if compat.caller_argument(name):
+        if checks.is_given(compat.caller_argument(name)):
             raise UnsupportedError(
                 f"{name} does not reach a custom_generate: call specc.generate(model, ...) instead"
                 + ("" if name == "streamer" else f", without {name}")
@@ -245,23 +271,25 @@ def _decode(
     prompt_length = input_ids.shape[1]
     max_length = criteria.max_length or config.max_length
     checks.check_lengths(model, settings.draft, prompt_length, max_length)
+    pad_token = compat.pad_token(config)
+    held_ids, held_until = _held_back(logits_processor, prompt_length, input_ids)
     request = Request(
         model=model,
         prompts=input_ids,
         attention_mask=attention_mask,
         draft=settings.draft,
         num_draft_tokens=settings.num_draft_tokens,
-        max_new_tokens=max_length - prompt_length,
-        min_new_tokens=_min_new_tokens(logits_processor, prompt_length),
+        # A criterion is asked after a token: plain decoding makes one, however short the limit.
+        max_new_tokens=max(1, max_length - prompt_length),
         eos=_eos_ids(criteria, input_ids),
-        pad_token=None if config._pad_token_tensor is None else int(config._pad_token_tensor),
+        held_ids=held_ids,
+        held_until=held_until,
+        pad_token=None if pad_token is None else int(pad_token),
         criteria=criteria,
         streamer=streamer,
         options=settings.options,
         compiled=settings.compile,
     )
-    if streamer is not None:
-        streamer.put(input_ids.cpu())
     sequences, speculation = run(request)
     if config.return_dict_in_generate:
         return SpeccOutput(sequences=cast(torch.LongTensor, sequences), speculation=speculation)
@@ -277,22 +305,32 @@ def _check_model_kwargs(model_kwargs: Mapping[str, Any]) -> None:
         raise UnsupportedError(f"past_key_values: {checks.REFUSED_ARGUMENTS['past_key_values']}")
 
 
-def _min_new_tokens(logits_processor: Any, prompt_length: int) -> int:
-    """The one thing logits processors may ask for: no EOS before some length."""
-    least = 0
-    for each in logits_processor or ():
-        if isinstance(each, MinNewTokensLengthLogitsProcessor):
-            least = max(least, each.prompt_length_to_skip + each.min_new_tokens - prompt_length)
-        elif isinstance(each, MinLengthLogitsProcessor):
-            least = max(least, each.min_length - prompt_length)
-        else:
+def _held_back(processors: Any, prompt_length: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """The one thing logits processors may ask for: some ids, the EOS, not before some length.
+
+    Returns the ids and, for each, the number of new tokens before which it may not come.
+    """
+    held: dict[int, int] = {}
+    for each in processors or ():
+        if type(each) not in _LENGTHS:
             raise UnsupportedError(
                 f"logits processors other than min_length and min_new_tokens are not supported yet, and "
-                f"this call has {type(each).__name__}: leave out the setting that asks for it"
+                f"this call has {type(each).__name__}: pass the neutral value of the setting that asks for "
+                f"it (repetition_penalty=1.0, say), which may be in model.generation_config"
             )
-    return least
+        until = _LENGTHS[type(each)](each) - prompt_length
+        for token in each.eos_token_id.reshape(-1).tolist():
+            held[token] = max(until, held.get(token, 0))
+    return like.new_tensor(list(held)), like.new_tensor(list(held.values()))
+
+
+# Processor -> the total length before which it holds its ids back. Subclasses may do anything.
+_LENGTHS: dict[type, Callable[[Any], int]] = {
+    MinLengthLogitsProcessor: lambda each: each.min_length,
+    MinNewTokensLengthLogitsProcessor: lambda each: each.prompt_length_to_skip + each.min_new_tokens,
+}
 
 
 def _eos_ids(criteria: Any, input_ids: Tensor) -> Tensor:
-    ids = [each.eos_token_id.reshape(-1) for each in criteria if isinstance(each, EosTokenCriteria)]
+    ids = [each.eos_token_id.reshape(-1) for each in criteria if type(each) is EosTokenCriteria]
     return torch.cat([each.to(input_ids) for each in [*ids, input_ids.new_empty(0)]])

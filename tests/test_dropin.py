@@ -11,10 +11,16 @@ import pytest
 import tokenizers
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerFast
-from transformers.generation import BaseStreamer, MaxLengthCriteria, StoppingCriteria
+from transformers.generation import (
+    BaseStreamer,
+    EosTokenCriteria,
+    MaxLengthCriteria,
+    MinLengthLogitsProcessor,
+    StoppingCriteria,
+)
 
 import specc
-from specc.errors import InputError, OptionError, SpeccError, UnsupportedError
+from specc.errors import InputError, OptionError, ProviderError, SpeccError, UnsupportedError
 from tests.families import VOCAB, noisy_copy, prompt, tiny
 
 WIDTH = 12
@@ -187,6 +193,151 @@ def test_stop_strings_of_the_models_own_config() -> None:
         specc.generate(model, **prompt(1), **SPECC, **SETTINGS)
 
 
+@pytest.mark.parametrize("config_eos", [None, 99])
+def test_a_users_processor_holds_back_its_own_ids(config_eos: int | None) -> None:
+    early = int(plain(1)[0, WIDTH + 2])
+    processor = MinLengthLogitsProcessor(WIDTH + 13, eos_token_id=torch.tensor([early]))
+    settings = {"eos_token_id": config_eos, "pad_token_id": 0, "logits_processor": [processor]}
+    assert not torch.equal(plain(1, **settings), plain(1))
+    assert torch.equal(through_function(1, **settings), plain(1, **settings))
+
+
+def test_a_users_eos_criterion_is_not_held_back_by_the_configs_minimum() -> None:
+    early = int(plain(1)[0, WIDTH + 2])
+    criteria = [EosTokenCriteria(torch.tensor([early]))]
+    settings = {"eos_token_id": 99, "pad_token_id": 0, "min_new_tokens": 15, "stopping_criteria": criteria}
+    assert torch.equal(through_function(1, **settings), plain(1, **settings))
+
+
+@pytest.mark.parametrize("eos", [500, -1])
+def test_eos_ids_that_are_no_tokens(eos: int) -> None:
+    settings = {"eos_token_id": eos, "pad_token_id": 0, "min_new_tokens": 5}
+    assert torch.equal(through_function(**settings), plain(**settings))
+
+
+class SecondEos(EosTokenCriteria):
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.isin(input_ids[:, WIDTH:], self.eos_token_id).sum(dim=1) >= 2
+
+
+def test_a_criterion_that_only_looks_like_eos() -> None:
+    eos = torch.tensor([int(plain(1)[0, WIDTH + 2])])
+    settings = {"eos_token_id": int(eos), "pad_token_id": 0, "stopping_criteria": [SecondEos(eos)]}
+    assert torch.equal(through_function(1, **settings), plain(1, **settings))
+
+
+@pytest.mark.parametrize("length", [5, WIDTH, WIDTH + 1])
+def test_a_length_criterion_no_longer_than_the_prompt_gives_one_token(length: int) -> None:
+    settings = {"stopping_criteria": [MaxLengthCriteria(max_length=length)]}
+    assert torch.equal(through_function(**settings), plain(**settings))
+
+
+@pytest.mark.parametrize("convert", [lambda m: m * 2, lambda m: m.bool(), lambda m: m.float()])
+def test_masks_of_other_kinds(convert: Any) -> None:
+    inputs = prompt(4, WIDTH)
+    inputs["attention_mask"] = convert(inputs["attention_mask"])
+    assert torch.equal(specc.generate(tiny("llama"), **inputs, **SPECC, **SETTINGS), plain())
+
+
+def test_a_model_whose_forward_is_compiled_already(fresh_compiler: None) -> None:
+    model = copy.deepcopy(tiny("llama"))
+    model.forward = torch.compile(model.forward, backend="eager")
+    compiled = model.forward
+    draft = torch.compile(copy.deepcopy(noisy_copy("llama")), backend="eager")
+    for compile in (False, True):
+        call = {**SPECC, **SETTINGS, "compile": compile, "options": {"inductor": False}}
+        for each in ("ngram", draft):
+            assert torch.equal(specc.generate(model, **prompt(4), **{**call, "draft": each}), plain())
+    assert model.forward is compiled
+
+
+def test_attach_to_a_compiled_model() -> None:
+    inner = copy.deepcopy(tiny("llama"))
+    model = torch.compile(inner, backend="eager")
+    specc.attach(model, **SPECC)
+    output = model.generate(**prompt(4), **SETTINGS, return_dict_in_generate=True)
+    assert torch.equal(output.sequences, plain())
+    assert output.speculation.steps > 0
+    specc.detach(model)
+    assert "generate" not in vars(inner)
+
+
+def test_a_copy_of_an_attached_model_has_its_own_weights() -> None:
+    model = specc.attach(copy.deepcopy(tiny("llama")), **SPECC)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.lm_head.weight.copy_(other.lm_head.weight.flip(0))
+    tokens = other.generate(**prompt(2), **SETTINGS)
+    assert torch.equal(tokens, specc.detach(other).generate(**prompt(2), **SETTINGS))
+    assert not torch.equal(tokens, model.generate(**prompt(2), **SETTINGS))
+
+
+def test_attach_leaves_a_foreign_generate_alone() -> None:
+    model = copy.deepcopy(tiny("llama"))
+    model.generate = lambda *args, **kwargs: "mine"
+    with pytest.raises(InputError, match="replaced by something else"):
+        specc.attach(model, **SPECC)
+    with pytest.raises(InputError, match="not attached"):
+        specc.detach(model)
+    assert model.generate() == "mine"
+
+
+@pytest.mark.parametrize("door", [specc.generate, None])
+def test_the_config_may_be_positional(door: Any) -> None:
+    config = GenerationConfig(max_new_tokens=9, do_sample=False)
+    ids = prompt(1)["input_ids"]
+    model = copy.deepcopy(tiny("llama"))
+    if door is None:
+        tokens = specc.attach(model, **SPECC).generate(ids, config)
+    else:
+        tokens = door(model, ids, config, **SPECC)
+    assert torch.equal(tokens, tiny("llama").generate(ids, config))
+
+
+def test_arguments_that_say_no_are_no_requests() -> None:
+    settings = {"synced_gpus": False, "num_beams": 1, "output_scores": False, "assistant_model": None}
+    assert torch.equal(through_function(**settings), plain())
+
+
+def test_a_stop_on_the_host_is_what_is_counted() -> None:
+    token = int(plain(1)[0, WIDTH + 3])
+    criteria = [AfterToken(token)]
+    output = through_function(
+        1, draft=tiny("llama"), stopping_criteria=criteria, return_dict_in_generate=True
+    )
+    assert output.speculation.new_tokens == output.sequences.shape[1] - WIDTH
+
+
+def test_forced_providers_hold_in_the_step_too() -> None:
+    with pytest.raises(ProviderError, match="greedy_select .*needs a CUDA or HIP device"):
+        through_function(1, options={"providers": {"greedy_select": "triton"}})
+    tokens = through_function(options={"providers": {"greedy_select": "reference"}})
+    assert torch.equal(tokens, plain())
+
+
+def test_nothing_is_streamed_before_a_refusal() -> None:
+    """OPT asks its cache for one length, which only its forward shows: refused before the prompt is put."""
+    from transformers import OPTConfig, OPTForCausalLM
+
+    shape = {"hidden_size": 16, "ffn_dim": 16, "word_embed_proj_dim": 16, "num_hidden_layers": 1}
+    model = OPTForCausalLM(OPTConfig(vocab_size=VOCAB, num_attention_heads=2, **shape)).eval()
+    streamer = Recorder()
+    with pytest.raises(UnsupportedError, match="asks its cache for one length"):
+        specc.generate(model, IDS, **SPECC, **SETTINGS, streamer=streamer)
+    assert (streamer.puts, streamer.ended) == ([], 0)
+
+
+def test_models_without_positions_or_a_cache_are_refused() -> None:
+    from transformers import BertConfig, BertLMHeadModel, XLNetConfig, XLNetLMHeadModel
+
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    bert = BertLMHeadModel(BertConfig(vocab_size=VOCAB, is_decoder=True, **shape)).eval()
+    xlnet = XLNetLMHeadModel(XLNetConfig(vocab_size=VOCAB, d_model=16, n_layer=1, n_head=2, d_inner=16))
+    for model in (bert, xlnet.eval()):
+        with pytest.raises(UnsupportedError, match="use the model's own generate"):
+            specc.generate(model, IDS, **SPECC, **SETTINGS)
+
+
 def test_max_time_stops_and_keeps_the_prefix() -> None:
     tokens = through_function(max_time=0.0)
     assert torch.equal(tokens, plain()[:, : tokens.shape[1]])
@@ -223,6 +374,7 @@ REFUSED = {
     "position_ids": torch.arange(12)[None],
     "prefix_allowed_tokens_fn": lambda batch, ids: [1],
     "synced_gpus": True,
+    "cache_implementation": "offloaded",
     "labels": torch.zeros(1, 12, dtype=torch.int64),
 }
 
@@ -297,6 +449,8 @@ BAD_INPUT: dict[str, tuple[dict[str, Any], type[SpeccError], str]] = {
     "3-D": ({"input_ids": IDS[None]}, InputError, r"2-D, \[batch, tokens\], got shape \[1, 1, 12\]"),
     "1-D": ({"input_ids": IDS[0]}, InputError, "2-D"),
     "a list": ({"input_ids": [1, 2]}, InputError, "tensor of token ids, got list"),
+    "config is a dict": ({"generation_config": {}}, InputError, "a GenerationConfig, got dict"),
+    "mask elsewhere": ({"attention_mask": IDS.to("meta")}, InputError, "attention_mask is on meta"),
     "outside the vocabulary": ({"input_ids": IDS + VOCAB}, InputError, r"vocabulary \(0 to 127\)"),
     "mask of another shape": ({"attention_mask": IDS[:, 1:]}, InputError, "attention_mask must have"),
     "right padding": (
@@ -339,6 +493,7 @@ def test_bad_input(case: str, forwards: list[Any]) -> None:
 def test_models_that_do_not_fit(make: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
         specc.generate(make(), IDS, **SPECC, **SETTINGS)
+    assert torch.equal(through_function(1), plain(1))
 
 
 def test_an_assistant_on_another_device() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from specc.compat import OpOverload
 from specc.errors import ProviderError
 
 NAMESPACE = "specc"
@@ -65,19 +66,25 @@ class Op:
     providers: tuple[Provider, ...]
 
     @property
-    def overload(self) -> torch._ops.OpOverload:
+    def overload(self) -> OpOverload:
         return getattr(getattr(torch.ops, NAMESPACE), self.name).default
 
     @property
     def mutates(self) -> bool:
         return self.overload._schema.is_mutable
 
-    def provider_overload(self, provider: Provider) -> torch._ops.OpOverload:
+    def provider_overload(self, provider: Provider) -> OpOverload:
         """``torch.ops.specc.<name>.<provider>``: this operator, by this provider whatever others say."""
         return getattr(getattr(torch.ops, NAMESPACE), self.name).__getattr__(provider.name)
 
     def __call__(self, *args: Any) -> Any:
         return self.overload(*args)
+
+    def forced(self, provider: str | None) -> Callable[..., Any]:
+        """This operator by one provider, for calls outside of graphs; None leaves the choice open."""
+        if provider is None:
+            return self.overload
+        return lambda *args: self.choose(*args, forced=provider).provider.run(*args)
 
     def choose(self, *args: Any, forced: str | None = None) -> Decision:
         """The provider for this call, by priority among those that support it.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from specc import compat
 from specc.lowerings.devices import usual_dtype
 from specc.lowerings.framework import Provider, Reason, define_op
 
@@ -24,8 +25,10 @@ def _fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _onednn_supports(x: Tensor, weight: Tensor, bias: Tensor | None) -> Reason:
     if x.device.type != "cpu":
         return f"is for CPUs, got {x.device.type}"
-    if not all(each.dtype == torch.float32 for each in (x, weight)):
+    if any(each.dtype != torch.float32 for each in (x, weight, bias) if each is not None):
         return f"is only taken for float32, got {x.dtype}: elsewhere aten uses oneDNN by itself"
+    if x.shape[1] == 0:
+        return "has no kernel for rows of length 0"
     if not torch.backends.mkldnn.is_available():
         return "this torch is built without oneDNN"
     return None
@@ -37,7 +40,7 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     ``aten::mm`` hands float32 to the BLAS, whose kernels for 2 to 16 rows read the weight at a half to
     a third of the speed (figures in benchmarks/NOTES.md).
     """
-    return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
+    return compat.onednn_linear(x, weight, bias)
 
 
 def _sample(device: str) -> tuple[Tensor, ...]:

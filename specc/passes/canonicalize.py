@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from torch._ops import OpOverloadPacket
 from torch.fx import GraphModule
 
+from specc.compat import OpOverloadPacket
 from specc.lowerings.framework import REGISTRY
 from specc.passes.framework import Pass, PassContext, PassResult, Sites
 

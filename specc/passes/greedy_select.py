@@ -17,9 +17,9 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 
+from specc.compat import OpOverload
 from specc.lowerings import greedy_select
 from specc.lowerings.devices import device_kind
 from specc.passes.framework import (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from specc.lowerings import linear
@@ -26,8 +25,12 @@ def run(gm: GraphModule, context: PassContext) -> PassResult:
             weight = _untransposed(node.args[weight_at])
             if weight is None or node.kwargs:
                 continue
-            operands = (node.args[x_at], weight, None if bias_at is None else node.args[bias_at])
-            decision = linear.choose(*map(_fake_operand, operands), forced=forced)
+            bias = None if bias_at is None else node.args[bias_at]
+            if bias is not None and not _is_row(bias, weight):
+                sites.refused(node, f"{bias} is added, which is no bias of one entry per output")
+                continue
+            operands = (node.args[x_at], weight, bias)
+            decision = linear.choose(*map(fake_tensor, operands), forced=forced)
             if decision.provider.run is linear.reference:
                 sites.refused(node, f"nothing beats {target} here ({decision.describe()})")
                 continue
@@ -47,8 +50,9 @@ def _untransposed(node: object) -> Node | None:
     return weight
 
 
-def _fake_operand(operand: object) -> Tensor | None:
-    return fake_tensor(operand)
+def _is_row(bias: object, weight: Node) -> bool:
+    value, outputs = fake_tensor(bias), fake_tensor(weight)
+    return value is not None and outputs is not None and value.shape == outputs.shape[:1]
 
 
 PASS = Pass(NAME, "aten", run)

@@ -12,11 +12,11 @@ from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch._ops import HigherOrderOperator, OpOverload
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.node import map_arg
 
+from specc.compat import HigherOrderOperator, OpOverload
 from specc.passes.framework import (
     Pass,
     PassContext,

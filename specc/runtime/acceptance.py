@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from specc.lowerings import greedy_select
 from specc.runtime.state import DecodeState
 
+Select = Callable[[Tensor], Tensor]
 
-def target_choice(state: DecodeState, logits: Tensor) -> Tensor:
+
+def target_choice(state: DecodeState, logits: Tensor, select: Select) -> Tensor:
     """What the target would say after each token of the block. logits: [B, D, V]; int64 [B, D]."""
-    if state.keeps_eos_back:
-        logits = _without_early_eos(state, logits)
-    return greedy_select(logits)
+    if state.held_ids.numel():
+        logits = _without_held_back(state, logits)
+    return select(logits)
 
 
-def _without_early_eos(state: DecodeState, logits: Tensor) -> Tensor:
+def _without_held_back(state: DecodeState, logits: Tensor) -> Tensor:
+    """Tokens that a row may not choose yet get -inf."""
+    vocabulary = torch.arange(logits.shape[-1], device=logits.device)
+    held = torch.where(vocabulary[:, None] == state.held_ids, state.held_until, 0).amax(dim=1)
     block = torch.arange(logits.shape[1], device=logits.device)
-    too_short = state.text_lens[:, None] + block < state.min_lens[:, None]
-    is_eos = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
-    is_eos = is_eos.index_fill(0, state.eos, True)
-    return logits.masked_fill(too_short[:, :, None] & is_eos, -torch.inf)
+    new_tokens = (state.text_lens - state.prompt_lens)[:, None] + block
+    return logits.masked_fill(new_tokens[:, :, None] < held, -torch.inf)
 
 
 def count_step(state: DecodeState, num_correct: Tensor) -> None:

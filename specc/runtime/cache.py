@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from specc import compat
 from specc.errors import UnsupportedError
 from specc.lowerings import kv_write
 
@@ -38,7 +39,7 @@ class PagedLayer(CacheLayerMixin):
             rows + 1, self.capacity, heads, head_dim, dtype=states.dtype, device=states.device
         )
         # Prompts of another length must not recompile the step.
-        torch._dynamo.maybe_mark_dynamic(pages, 1)
+        compat.mark_dynamic(pages, 1)
         return pages
 
     def update(

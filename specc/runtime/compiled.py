@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 import types
 import weakref
@@ -14,6 +15,8 @@ import torch
 from specc import compat
 from specc.errors import CaptureError, CompileError, SpeccError
 from specc.options import Options
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +50,7 @@ class CompiledForward:
         """Compile now unless that has happened; seconds it took."""
         if self.called:
             return 0.0
+        log.info("compiling %s", self.key)
         start = time.perf_counter()
         self(*args)
         return time.perf_counter() - start
@@ -90,6 +94,12 @@ def _explained(error: Exception) -> SpeccError:
     cause = getattr(error, "inner_exception", None)
     if isinstance(cause, SpeccError):
         return cause
+    if compat.is_recompile_limit(error):
+        return CaptureError(
+            f"the model's forward was captured anew too often, because something it reads keeps changing "
+            f"(TORCH_LOGS=recompiles names it): {str(error).strip().splitlines()[0]}. compile=False runs the "
+            f"same speculation without capturing it."
+        )
     reason = next(iter(str(cause or error).strip().splitlines()), type(error).__name__)
     if cause is not None:
         return CompileError(

@@ -34,11 +34,17 @@ class Drain:
         room = torch.full((rows, max_new_tokens), fill, dtype=torch.int64)
         self._sequences = torch.cat([prompts.cpu(), room], dim=1)
         self._count = 0
+        self.handed_over = 0
         self._criteria = criteria
         self._device = prompts.device
         self._streamer = streamer
         self._pads = any(hasattr(each, "eos_token_id") for each in criteria)
         self.unfinished = torch.ones(rows, dtype=torch.bool)
+
+    def begin(self) -> None:
+        """Put the prompts on the streamer: nothing can be refused any more."""
+        if self._streamer is not None:
+            self._streamer.put(self._sequences[:, : self._prompt])
 
     @property
     def sequences(self) -> Tensor:
@@ -64,6 +70,7 @@ class Drain:
                 token = torch.where(self.unfinished, token, self._sequences[:, column])
             self._sequences[:, column] = token
             self._count += 1
+            self.handed_over += int(self.unfinished.sum()) if self._pads else token.numel()
             if self._streamer is not None:
                 self._streamer.put(token)
             self.unfinished &= ~self._criteria(self.sequences.to(self._device), None).cpu()

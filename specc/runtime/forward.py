@@ -33,21 +33,21 @@ def next_draft(
 
 
 def prompt_logits(
-    model: Any,
-    tokens: Tensor,
-    prompt_lens: Tensor,
-    cache: PagedCache,
-    masks: MaskPlan,
+    model: Any, tokens: Tensor, prompt_lens: Tensor, cache: PagedCache, masks: MaskPlan
 ) -> Tensor:
     """Feed whole prompts, right-padded to one length, into empty rows; logits after each, [B, V].
 
     tokens: int64 [B, q]; prompt_lens: int64 [B]. What the padding writes lies behind the row's length.
+    Where rows differ in length, their last tokens are fed once more, together: the logits of all rows
+    at all last positions would be B times as many as are needed.
     """
-    last = prompt_lens - 1
-    rows = torch.arange(tokens.shape[0], device=tokens.device)
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        return _forward(model, tokens, cache, masks, None, logits_to_keep=last)[rows, rows]
-    return _forward(model, tokens, cache, masks, None)[rows, last]
+    keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+    logits = _forward(model, tokens, cache, masks, None, **({"logits_to_keep": 1} if keeps else {}))
+    if bool((prompt_lens == tokens.shape[1]).all()):
+        return logits[:, -1]
+    last = prompt_lens[:, None] - 1
+    cache.seq_lens.copy_(last[:, 0])
+    return _forward(model, tokens.gather(1, last), cache, masks, None)[:, -1]
 
 
 def _forward(

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from specc import compat
 from specc.errors import UnsupportedError
 
 Visible = Callable[[Tensor, Tensor, int], Tensor]
@@ -63,12 +64,12 @@ class MaskPlan:
         for models that do not use the masks they are given.
         """
         config = model.config.get_text_config()
-        if not model._supports_attention_backend and config.model_type not in CHECKED_BY_HAND:
+        if not compat.takes_masks(model) and config.model_type not in CHECKED_BY_HAND:
             raise UnsupportedError(
                 f"{type(model).__name__} does not take its attention masks from outside as they are, and "
                 f"specc's would be ignored: use the model's own generate"
             )
-        implementation = config._attn_implementation
+        implementation = compat.attention_implementation(config)
         if implementation not in IMPLEMENTATIONS:
             raise UnsupportedError(
                 f"attn_implementation={implementation!r} is not supported yet: load the model with "

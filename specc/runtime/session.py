@@ -21,7 +21,7 @@ from specc.runtime.drafters.ngram import NGramDrafter
 from specc.runtime.drain import Drain
 from specc.runtime.model import DRAFT, VERIFY, BoundModel
 from specc.runtime.state import DecodeState
-from specc.runtime.step import speculative_step
+from specc.runtime.step import StepOps, speculative_step
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +33,8 @@ class Request:
     """Everything a batch needs. Checked before it gets here.
 
     prompts: int64 [B, P], left-padded; attention_mask: [B, P], 0 on padding, or None for none.
-    draft: "ngram" or a causal LM. eos: int64 [number of EOS ids].
+    draft: "ngram" or a causal LM. eos: int64 [number of EOS ids]; held_ids, held_until: int64 [n], see
+    DecodeState.
     """
 
     model: Any
@@ -42,8 +43,9 @@ class Request:
     draft: Any
     num_draft_tokens: int
     max_new_tokens: int
-    min_new_tokens: int
     eos: Tensor
+    held_ids: Tensor
+    held_until: Tensor
     pad_token: int | None
     criteria: Any
     streamer: Any
@@ -55,9 +57,10 @@ class Request:
 class Speculation:
     """How a generation went. ``steps`` counts one per row and step; prefill is none.
 
-    ``new_tokens``: what all rows committed, which a stop found on the host may have cut afterwards.
+    ``new_tokens``: tokens returned, padding not counted. ``mean_accepted_length``: tokens committed per
+    step, bonus included, before a stop found on the host cut any off.
     ``acceptance[j]``: share of steps whose draft j + 1 was accepted. Seconds are wall clock;
-    ``decode_seconds`` leaves compiling out.
+    ``compile_seconds`` is the first call of each graph, which ``decode_seconds`` leaves out.
     """
 
     steps: int
@@ -77,8 +80,9 @@ def run(request: Request) -> tuple[Tensor, Speculation]:
         prompts,
         prompt_lens,
         max_new_tokens=request.max_new_tokens,
-        min_new_tokens=request.min_new_tokens,
         eos=request.eos,
+        held_ids=request.held_ids,
+        held_until=request.held_until,
         num_draft_tokens=request.num_draft_tokens,
         capacity=capacity,
     )
@@ -87,31 +91,41 @@ def run(request: Request) -> tuple[Tensor, Speculation]:
     drain = Drain(
         request.prompts, request.max_new_tokens, request.criteria, request.pad_token, request.streamer
     )
-    _, prefill_seconds = _timed(lambda: _prefill(state, target, drafter, prompts, drain))
+    ops = StepOps.of(request.options)
+    _, prefill_seconds = _timed(lambda: _prefill(state, target, drafter, ops, prompts, drain))
     compile_seconds = 0.0 if drain.finished else target.warm_up() + drafter.warm_up()
-    _, decode_seconds = _timed(lambda: _decode(state, target, drafter, drain))
+    _, decode_seconds = _timed(lambda: _decode(state, target, drafter, ops, drain))
     drain.end()
     sequences = drain.sequences.to(request.prompts.device)
-    return sequences, _account(state, prefill_seconds, decode_seconds, compile_seconds)
+    speculation = _account(state, drain, prefill_seconds, decode_seconds, compile_seconds)
+    return sequences, speculation
 
 
-def _prefill(state: DecodeState, target: BoundModel, drafter: Drafter, prompts: Tensor, drain: Drain) -> None:
+def _prefill(
+    state: DecodeState,
+    target: BoundModel,
+    drafter: Drafter,
+    ops: StepOps,
+    prompts: Tensor,
+    drain: Drain,
+) -> None:
     """Read the prompts and commit each row's first token, which is the first bonus token."""
     logits = target.prefill(prompts, state.prompt_lens)
     drafter.prefill(prompts, state.prompt_lens)
-    choice = target_choice(state, logits[:, None])
+    drain.begin()
+    choice = target_choice(state, logits[:, None], ops.select)
     commit(state, choice, torch.zeros_like(state.text_lens))
     _hand_over(state, drain)
 
 
-def _decode(state: DecodeState, target: BoundModel, drafter: Drafter, drain: Drain) -> None:
+def _decode(state: DecodeState, target: BoundModel, drafter: Drafter, ops: StepOps, drain: Drain) -> None:
     graph = device_graph(state.text.device)
-    graph.capture(lambda: speculative_step(state, target, drafter))
+    graph.capture(lambda: speculative_step(state, target, drafter, ops))
+    committed = 0
     while not drain.finished:
-        committed = int(state.text_lens.sum())
         graph.replay()
-        _hand_over(state, drain)
-        if not drain.finished and int(state.text_lens.sum()) == committed:
+        before, committed = committed, _hand_over(state, drain)
+        if committed == before and not drain.finished:
             raise SpeccError(
                 "every row has ended, but the stopping criteria want more tokens: pass a max_new_tokens and "
                 "EOS ids that agree with them, or use the model's own generate"
@@ -119,12 +133,16 @@ def _decode(state: DecodeState, target: BoundModel, drafter: Drafter, drain: Dra
     graph.reset()
 
 
-def _hand_over(state: DecodeState, drain: Drain) -> None:
-    """Give the host what is new, and stop the rows it does not want any more."""
+def _hand_over(state: DecodeState, drain: Drain) -> int:
+    """Give the host what is new, and stop the rows it does not want any more.
+
+    Returns how many tokens all rows have committed so far.
+    """
     counts = (state.text_lens - state.prompt_lens).cpu()
     tokens = _generated(state, int(counts.max())).cpu()
     drain.take(tokens, counts)
     state.done |= drain.stopped_rows.to(state.done.device)
+    return int(counts.sum())
 
 
 def _generated(state: DecodeState, count: int) -> Tensor:
@@ -137,7 +155,7 @@ def _left_aligned(prompts: Tensor, attention_mask: Tensor | None) -> tuple[Tenso
     rows, width = prompts.shape
     if attention_mask is None:
         return prompts, torch.full((rows,), width, dtype=torch.int64, device=prompts.device)
-    prompt_lens = attention_mask.long().sum(dim=1)
+    prompt_lens = (attention_mask != 0).sum(dim=1)
     source = torch.arange(width, device=prompts.device) + (width - prompt_lens)[:, None]
     return prompts.gather(1, source.clamp(max=width - 1)), prompt_lens
 
@@ -175,15 +193,14 @@ def _timed(action: Callable[[], Any]) -> tuple[Any, float]:
 
 
 def _account(
-    state: DecodeState, prefill_seconds: float, decode_seconds: float, compile_seconds: float
+    state: DecodeState, drain: Drain, prefill_seconds: float, decode_seconds: float, compile_seconds: float
 ) -> Speculation:
     steps = int(state.steps)
-    new_tokens = int((state.text_lens - state.prompt_lens).sum())
     # The first token of every row came from prefill, not from a step.
-    stepped = new_tokens - state.text.shape[0]
+    stepped = int((state.text_lens - state.prompt_lens - 1).sum())
     return Speculation(
         steps=steps,
-        new_tokens=new_tokens,
+        new_tokens=drain.handed_over,
         mean_accepted_length=stepped / max(steps, 1),
         acceptance=[count / max(steps, 1) for count in state.accepted.tolist()],
         prefill_seconds=prefill_seconds,

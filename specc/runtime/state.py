@@ -13,9 +13,10 @@ class DecodeState:
     """B rows of text and their limits. Lengths count prompt and committed tokens, the bonus included.
 
     text: int64 [B, T], each row from its first prompt token on, without padding. What lies behind a
-    row's length is scratch. text_lens, prompt_lens, limits, min_lens: int64 [B]; a row is done at
-    ``limits`` tokens and may not choose EOS before it has ``min_lens``. done: bool [B]; a done row's
-    text no longer changes. eos: int64 [number of EOS ids].
+    row's length is scratch. text_lens, prompt_lens, limits: int64 [B]; a row is done at ``limits``
+    tokens. done: bool [B]; a done row's text no longer changes. eos: int64 [number of EOS ids].
+    held_ids, held_until: int64 [n]; a row may not choose ``held_ids[i]`` before it has
+    ``held_until[i]`` new tokens. Ids outside the vocabulary stand for nothing.
     steps: int64 [], steps taken by rows that were not done; accepted: int64 [D - 1], in how many of
     these draft j of the block was accepted.
     """
@@ -24,12 +25,12 @@ class DecodeState:
     text_lens: Tensor
     prompt_lens: Tensor
     limits: Tensor
-    min_lens: Tensor
     done: Tensor
     eos: Tensor
     steps: Tensor
     accepted: Tensor
-    keeps_eos_back: bool
+    held_ids: Tensor
+    held_until: Tensor
 
     @classmethod
     def start(
@@ -38,8 +39,9 @@ class DecodeState:
         prompt_lens: Tensor,
         *,
         max_new_tokens: int,
-        min_new_tokens: int,
         eos: Tensor,
+        held_ids: Tensor,
+        held_until: Tensor,
         num_draft_tokens: int,
         capacity: int,
     ) -> DecodeState:
@@ -52,12 +54,12 @@ class DecodeState:
             text_lens=prompt_lens.clone(),
             prompt_lens=prompt_lens,
             limits=prompt_lens + max_new_tokens,
-            min_lens=prompt_lens + min_new_tokens,
             done=torch.zeros(rows, dtype=torch.bool, device=text.device),
             eos=eos,
             steps=text.new_zeros(()),
             accepted=text.new_zeros(num_draft_tokens - 1),
-            keeps_eos_back=min_new_tokens > 0 and eos.numel() > 0,
+            held_ids=held_ids,
+            held_until=held_until,
         )
 
     def last_tokens(self, count: int) -> Tensor:

@@ -2,16 +2,35 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
-from specc.lowerings import accept_greedy
+from specc.lowerings import accept_greedy, greedy_select
+from specc.options import Options
 from specc.runtime.acceptance import commit, count_step, target_choice
 from specc.runtime.drafters import Drafter
 from specc.runtime.model import BoundModel
 from specc.runtime.state import DecodeState
 
 
-def speculative_step(state: DecodeState, target: BoundModel, drafter: Drafter) -> None:
+@dataclasses.dataclass(frozen=True)
+class StepOps:
+    """The operators a step calls outside of compiled forwards, by the providers the options ask for."""
+
+    select: Callable[..., Any]
+    accept: Callable[..., Any]
+
+    @classmethod
+    def of(cls, options: Options) -> StepOps:
+        forced = dict(options.providers)
+        select, accept = (op.forced(forced.get(op.name)) for op in (greedy_select, accept_greedy))
+        return cls(select, accept)
+
+
+def speculative_step(state: DecodeState, target: BoundModel, drafter: Drafter, ops: StepOps) -> None:
     """Advance every row of ``state`` that is not done by 1 to D tokens.
 
     Device tensors of fixed shapes throughout, nothing is read back: the whole function can be captured
@@ -21,8 +40,8 @@ def speculative_step(state: DecodeState, target: BoundModel, drafter: Drafter) -
     drafts = drafter.propose(state)
     candidates = torch.cat([state.last_tokens(1), drafts], dim=1)
     logits = target(candidates)
-    choice = target_choice(state, logits)
-    num_correct, _ = accept_greedy(candidates, choice)
+    choice = target_choice(state, logits, ops.select)
+    num_correct, _ = ops.accept(candidates, choice)
     count_step(state, num_correct)
     committed = commit(state, choice, num_correct)
     target.cache.seq_lens.copy_(state.text_lens - 1)

@@ -70,6 +70,19 @@ def refusal(result: PassResult) -> str:
     return remark.reason
 
 
+@pytest.mark.parametrize("shape", [(3, 5), (1, 5), (1,), (3, 1)])
+def test_refuses_what_is_no_bias(shape: tuple[int, ...]) -> None:
+    added = torch.randn(shape)
+    gm, result = rewritten(lambda b, x, w: torch.addmm(b, x, w.t()), added, X, W)
+    assert "no bias of one entry per output" in refusal(result)
+    torch.testing.assert_close(gm(added, X, W), torch.addmm(added, X, W.t()))
+
+
+def test_refuses_rows_of_length_zero() -> None:
+    _, result = rewritten(lambda x, w: x @ w.t(), torch.randn(3, 0), torch.randn(5, 0))
+    assert "rows of length 0" in refusal(result)
+
+
 def test_refuses_where_nothing_beats_aten() -> None:
     with FakeTensorMode():
         x, w = (torch.empty(shape, device="cuda") for shape in ((3, 4), (5, 4)))

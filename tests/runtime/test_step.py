@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from specc.lowerings import greedy_select
 from specc.runtime.acceptance import commit, count_step, target_choice
 from specc.runtime.cache import PagedCache
 from specc.runtime.device_graph import EagerGraph, device_graph
@@ -55,8 +56,9 @@ def state_of(
         ids,
         lens,
         max_new_tokens=0,
-        min_new_tokens=0,
         eos=torch.tensor(eos, dtype=torch.int64),
+        held_ids=torch.tensor([], dtype=torch.int64),
+        held_until=torch.tensor([], dtype=torch.int64),
         num_draft_tokens=width,
         capacity=64,
     )
@@ -123,12 +125,14 @@ def test_where_an_output_ends(run: list[int], room: int, kept: int, done: bool) 
     assert (int(committed[0]), bool(state.done[0])) == (kept, done)
 
 
-def test_early_eos_is_kept_back_only_where_the_row_is_too_short() -> None:
-    state = state_of([[5, 6], [5, 6, 7, 8]], [False, False], [50, 50], [1, 3], 3)
-    state.min_lens, state.keeps_eos_back = torch.tensor([4, 4]), True
+def test_ids_are_held_back_each_for_its_own_number_of_new_tokens() -> None:
+    """Ids that are no tokens (-1 means never, 500 is beyond the vocabulary) stand for nothing."""
+    state = state_of([[5], [5]], [False, False], [50, 50], [], 3)
+    state.text_lens = torch.tensor([1, 3])  # 0 and 2 new tokens so far
+    state.held_ids, state.held_until = torch.tensor([1, 3, -1, 500]), torch.tensor([4, 2, 9, 9])
     logits = torch.zeros(2, 3, 8)
-    logits[..., 1], logits[..., 3], logits[..., 6] = 9.0, 8.0, 7.0
-    assert target_choice(state, logits).tolist() == [[6, 6, 1], [1, 1, 1]]
+    logits[..., 1], logits[..., 3], logits[..., 7] = 9.0, 8.0, 7.0
+    assert target_choice(state, logits, greedy_select).tolist() == [[7, 7, 3], [3, 3, 1]]
 
 
 class Counter:
@@ -251,8 +255,9 @@ def test_criteria_that_never_end_are_an_error_and_no_endless_loop() -> None:
         draft="ngram",
         num_draft_tokens=2,
         max_new_tokens=6,
-        min_new_tokens=0,
         eos=torch.tensor([], dtype=torch.int64),
+        held_ids=torch.tensor([], dtype=torch.int64),
+        held_until=torch.tensor([], dtype=torch.int64),
         pad_token=None,
         criteria=Criteria([Counter({}, eos=False)]),
         streamer=None,
