@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, ItemsView, Mapping
 from typing import Any
 
 from specc.errors import OptionError
@@ -26,8 +26,11 @@ def _is_names(value: object) -> bool:
 
 
 def _is_provider_table(value: object) -> bool:
-    return isinstance(value, Mapping) and all(
-        isinstance(op, str) and isinstance(provider, str) for op, provider in value.items()
+    """A mapping, or the pairs that one is frozen to."""
+    pairs = value.items() if isinstance(value, Mapping) else value
+    return isinstance(pairs, tuple | ItemsView) and all(
+        isinstance(pair, tuple) and len(pair) == 2 and all(isinstance(name, str) for name in pair)
+        for pair in pairs
     )
 
 
@@ -75,16 +78,22 @@ class Options:
             raise OptionError(
                 f"options must be a dict or specc.Options, got {type(options).__name__}; {_valid()}"
             )
-        fields = {field.name: field for field in dataclasses.fields(cls)}
-        for name, value in options.items():
-            if name not in fields:
+        known = {field.name for field in dataclasses.fields(cls)}
+        for name in options:
+            if name not in known:
                 raise OptionError(f"specc has no option {name!r}; {_valid()}")
-            if not fields[name].metadata["accepts"](value):
-                kind = fields[name].metadata["kind"]
+        return cls(**options)
+
+    def __post_init__(self) -> None:
+        """Check each value, and freeze lists and dicts, so that options can be compared and hashed."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if not field.metadata["accepts"](value):
+                got = f"got {value!r} ({type(value).__name__})"
                 raise OptionError(
-                    f"option {name!r} must be {kind}, got {value!r} ({type(value).__name__}); {_valid()}"
+                    f"option {field.name!r} must be {field.metadata['kind']}, {got}; {_valid()}"
                 )
-        return cls(**{name: _freeze(value) for name, value in options.items()})
+            object.__setattr__(self, field.name, _freeze(value))
 
     def fingerprint(self) -> str:
         """Text that differs whenever the code a compile produces may differ (dumping does not)."""

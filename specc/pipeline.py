@@ -20,7 +20,7 @@ from specc.lowerings.framework import REGISTRY
 from specc.options import Options
 from specc.passes import PASSES, passes_at
 from specc.passes.framework import Level, Observer, PassContext, run_passes
-from specc.report import dump_folder, observers_for
+from specc.report import check_dump_folder, dump_folder, observers_for
 
 log = logging.getLogger(__name__)
 
@@ -28,12 +28,13 @@ PACKAGE = Path(__file__).parent
 
 
 def parse_options(options: Options | Mapping[str, Any] | None) -> Options:
-    """``Options.parse``, and the passes and operators it names exist. Raises OptionError."""
+    """``Options.parse``, and what it names exists: passes, operators, the dump folder. Raises OptionError."""
     parsed = Options.parse(options)
     _check_names("pass", parsed.disable_passes, [each.name for each in PASSES])
     _check_names("operator", [op for op, _ in parsed.providers], list(REGISTRY))
     for op, provider in parsed.providers:
         _check_names(f"provider of {op}", [provider], [each.name for each in REGISTRY[op].providers])
+    check_dump_folder(parsed)
     return parsed
 
 
@@ -48,10 +49,11 @@ def compile_graph(
 ) -> Callable[..., Any]:
     """Compile a Dynamo graph. ``example_inputs`` are its placeholders' values, SymInts among them."""
     context = PassContext(options)
+    patches = _config_patches(options, mode)
     observers = observers_for(options)
     _run_level("dynamo", gm, context, observers)
     if _wants_inductor(options, example_inputs):
-        return _through_inductor(gm, example_inputs, context, observers, mode)
+        return _through_inductor(gm, example_inputs, context, observers, patches)
     return _as_captured(gm, example_inputs, context, observers)
 
 
@@ -60,9 +62,8 @@ def _through_inductor(
     example_inputs: list[Any],
     context: PassContext,
     observers: Sequence[Observer],
-    mode: str | None,
+    patches: dict[str, Any],
 ) -> Callable[..., Any]:
-    patches = _config_patches(context.options, mode)
     traced = False
 
     def inference(aten_gm: GraphModule, fake_inputs: list[Any]) -> Any:
@@ -133,12 +134,19 @@ def cpp_obstacle() -> str | None:
 
 
 def _config_patches(options: Options, mode: str | None) -> dict[str, Any]:
-    patches = compat.inductor_mode_patches(mode) if mode else {}
+    patches = _mode_patches(mode) if mode else {}
     if patches.pop("triton.cudagraphs", False):
         log.info("mode=%r: specc leaves device graphs to its own runtime", mode)
     if options.max_autotune:
         patches["max_autotune"] = True
     return patches
+
+
+def _mode_patches(mode: str) -> dict[str, Any]:
+    try:
+        return compat.inductor_mode_patches(mode)
+    except RuntimeError as error:
+        raise OptionError(f"mode={mode!r} is none of torch.compile's modes ({error})") from error
 
 
 def _devices(example_inputs: list[Any]) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from typing import Any
 from torch.fx import GraphModule
 
 from specc.compat import compile_id, trace_artifact
+from specc.errors import OptionError
 from specc.options import Options
 from specc.passes.framework import Level, Observer, Pass, PassResult, Remark
 
@@ -35,15 +36,27 @@ def readable(gm: GraphModule) -> str:
 
 
 class TraceReport:
-    """Sends every pass's graph and remarks to torch's structured log; costs nothing while that is off."""
+    """Sends every pass's graph, diff and remarks to torch's structured log.
+
+    While that is off, no payload is asked for, and nothing is formatted.
+    """
+
+    def __init__(self) -> None:
+        self._before = ""
+        self._text = ""
 
     def graph(self, level: Level, gm: GraphModule) -> None:
-        trace_artifact(f"specc_{level}_before", lambda: readable(gm))
+        trace_artifact(f"specc_{level}_before", lambda: self._advanced(gm))
 
     def after_pass(self, run: Pass, gm: GraphModule, result: PassResult) -> None:
         name = f"specc_{run.level}_{run.name}"
-        trace_artifact(f"{name}_after", lambda: readable(gm))
+        trace_artifact(f"{name}_after", lambda: self._advanced(gm))
+        trace_artifact(f"{name}_diff", lambda: _diff(name, self._before, self._text))
         trace_artifact(f"{name}_remarks", lambda: _remarks_json(result.remarks))
+
+    def _advanced(self, gm: GraphModule) -> str:
+        self._before, self._text = self._text, readable(gm)
+        return self._text
 
 
 class DumpReport:
@@ -87,17 +100,36 @@ class DumpReport:
     def _write_index(self) -> None:
         assert self._folder is not None
         entry = {"compile_id": self._compile_id, "passes": self._passes}
-        (self._folder / "graph.json").write_text(json.dumps(entry, indent=1))
+        _write_whole(self._folder / "graph.json", json.dumps(entry, indent=1))
         graphs = {
             path.parent.name: json.loads(path.read_text())
             for path in sorted(self._root.glob("graph_*/graph.json"))
         }
-        (self._root / "index.json").write_text(json.dumps(graphs, indent=1))
-        (self._root / "index.md").write_text(_index_page(graphs))
+        _write_whole(self._root / "index.json", json.dumps(graphs, indent=1))
+        _write_whole(self._root / "index.md", _index_page(graphs))
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Write a file that another process dumping there may read at any time."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    scratch.write_text(text)
+    scratch.replace(path)
+
+
+def check_dump_folder(options: Options) -> None:
+    """Make the dump folder, if one is asked for. Raises OptionError where that cannot be done."""
+    folder = dump_folder(options)
+    if folder is None:
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OptionError(f"cannot write dumps to {folder} ({error}): choose another folder") from error
+    if not os.access(folder, os.W_OK):
+        raise OptionError(f"cannot write dumps to {folder}: choose a folder you may write to")
 
 
 def _next_folder(root: Path) -> Path:
-    root.mkdir(parents=True, exist_ok=True)
     number = len(list(root.glob("graph_*")))
     while True:
         folder = root / f"graph_{number:03d}"

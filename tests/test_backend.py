@@ -209,3 +209,53 @@ def test_live_remarks_need_no_registration() -> None:
     )
     assert "greedy_select: fired" in done.stderr
     assert "x.softmax(-1)" not in done.stdout
+
+
+def test_options_are_checked_however_they_are_made() -> None:
+    with pytest.raises(OptionError, match="'inductor' must be"):
+        specc.Options(inductor="yes")  # type: ignore[arg-type]
+    made = specc.Options(providers={"linear": "reference"})  # type: ignore[arg-type]
+    assert made == specc.Options.parse({"providers": {"linear": "reference"}}) == specc.Options.parse(made)
+    assert hash(made) == hash(specc.Options(providers=(("linear", "reference"),)))
+
+
+def test_a_mode_that_torch_does_not_have(fresh_compiler: None) -> None:
+    with pytest.raises(OptionError, match="mode='bogus' is none of torch.compile's modes"):
+        pipeline._config_patches(specc.Options(), "bogus")
+
+
+def test_a_pass_that_fails_ends_the_compile_by_name() -> None:
+    from specc.errors import PassError
+    from specc.passes.framework import Pass, PassContext, PassResult, run_passes
+
+    def fails(gm: Any, context: PassContext) -> PassResult:
+        raise AssertionError("no fake tensor")
+
+    gm = torch.fx.symbolic_trace(lambda x: x + 1)
+    with pytest.raises(PassError, match="pass toy failed .AssertionError.*'disable_passes': .'toy'"):
+        run_passes(gm, [Pass("toy", "aten", fails)], PassContext(specc.Options()))
+
+
+VERIFY = """
+import json, torch, specc
+from torch._dynamo.utils import counters
+from tests.families import prompt, tiny
+torch.set_num_threads(1)
+model = tiny("llama")
+settings = {"max_new_tokens": 24, "do_sample": False}
+tokens = specc.generate(model, **prompt(2), draft="ngram", options={"inductor": True}, **settings)
+assert torch.equal(tokens, model.generate(**prompt(2), **settings))
+print(json.dumps(dict(counters["aot_autograd"])))
+"""
+
+
+def test_a_verify_graph_is_kept_between_processes(tmp_path: Path) -> None:
+    """With what it writes in place: the pool's keys and values. The tokens are compared in each process."""
+    counts = []
+    for _ in range(2):
+        done = run_python(
+            VERIFY, TORCHINDUCTOR_CACHE_DIR=str(tmp_path), PYTHONPATH=str(Path(__file__).parents[1])
+        )
+        counts.append(json.loads(done.stdout.splitlines()[-1]))
+    assert counts[0].get("autograd_cache_miss") == 1
+    assert counts[1].get("autograd_cache_hit") == 1

@@ -109,6 +109,7 @@ def test_the_structured_trace_has_graphs_and_remarks(
         compiled()(tiny("llama"), IDS)
     assert "def forward" in artifacts["specc_aten_greedy_select_after"]
     assert json.loads(artifacts["specc_aten_greedy_select_remarks"])[0]["status"] == "fired"
+    assert "+" in artifacts["specc_aten_greedy_select_diff"]
 
 
 def test_torch_trace_files_hold_the_artifacts(tmp_path: Path) -> None:
@@ -156,3 +157,13 @@ def test_dumping_a_135m_model_takes_less_than_two_seconds(tmp_path: Path, fresh_
         report.DumpReport = original
     assert (tmp_path / "index.md").exists()
     assert 0 < spent < 2.0
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_any_work(tmp_path: Path) -> None:
+    import specc
+    from tests.families import prompt
+
+    (tmp_path / "file").write_text("")
+    call = {"draft": "ngram", "options": {"dump": str(tmp_path / "file" / "below")}}
+    with pytest.raises(specc.OptionError, match="cannot write dumps to .*choose another folder"):
+        specc.generate(tiny("llama"), **prompt(1), **call)

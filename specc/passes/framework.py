@@ -136,14 +136,14 @@ def run_passes(
             continue
         try:
             result = each.run(gm, context)
+            clean_up(gm, each.level)
         except SpeccError:
             raise
-        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             raise PassError(
                 f"pass {each.name} failed ({type(error).__name__}: {error}); nothing was compiled. "
                 f"options={{'disable_passes': ['{each.name}']}} compiles without it."
             ) from error
-        clean_up(gm, each.level)
         for remark in result.remarks:
             log.info("%s", remark)
         log.debug("%s: %d matched, %d refused", each.name, result.matched, _refusals(result))

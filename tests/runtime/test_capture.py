@@ -72,9 +72,11 @@ def test_captured_steps_give_plain_tokens(family: str, fresh_compiler: None) -> 
         assert torch.equal(tokens, model.generate(**inputs, **settings))
 
 
-def test_through_inductor(fresh_compiler: None) -> None:
-    model = tiny("llama")
-    settings = {"max_new_tokens": 40, "do_sample": False}
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_through_inductor(family: str, fresh_compiler: None) -> None:
+    model = tiny(family)
+    settings = {"max_new_tokens": 64, "do_sample": False}
     tokens = specc.generate(model, **prompt(4), draft="ngram", options={"inductor": True}, **settings)
     assert torch.equal(tokens, model.generate(**prompt(4), **settings))
 

@@ -70,8 +70,8 @@ def test_a_model_drafting_for_itself_is_always_right(family: str) -> None:
     assert torch.equal(output.sequences, plain(family, 4, max_new_tokens=1 + 4 * 12))
 
 
-@pytest.mark.parametrize("place", range(1, 10))
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("place", [1, 2, 5, 8, 9])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_eos_anywhere_in_an_accepted_block(family: str, place: int) -> None:
     """A model drafting for itself has whole blocks of 8 accepted, so EOS lies inside one."""
     text = plain(family, 1)[0, WIDTH:].tolist()
@@ -92,12 +92,13 @@ def test_several_eos_ids_stop_ragged_rows(kind: str) -> None:
     assert torch.equal(output.sequences, plain("llama", 4, **settings))
 
 
-@pytest.mark.parametrize("max_new_tokens", [1, 2, 3, 5, 8, 9, 10, 17])
+@pytest.mark.parametrize("max_new_tokens", [1, 2, 5, 8, 9, 10])
 @pytest.mark.parametrize("kind", ["ngram", "itself"])
-def test_the_length_limit_inside_a_block(kind: str, max_new_tokens: int) -> None:
-    draft = draft_for(kind, "llama")
-    output = speculate("llama", 4, draft, num_draft_tokens=8, max_new_tokens=max_new_tokens)
-    assert torch.equal(output.sequences, plain("llama", 4, max_new_tokens=max_new_tokens))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_length_limit_inside_a_block(family: str, kind: str, max_new_tokens: int) -> None:
+    draft = draft_for(kind, family)
+    output = speculate(family, 4, draft, num_draft_tokens=8, max_new_tokens=max_new_tokens)
+    assert torch.equal(output.sequences, plain(family, 4, max_new_tokens=max_new_tokens))
 
 
 @pytest.mark.parametrize("setting", ["min_new_tokens", "min_length"])

@@ -81,6 +81,37 @@ def test_tokens_equal_plain_decoding(
     assert output.speculation.mean_accepted_length > 1
 
 
+@pytest.mark.parametrize("place", [2, 5, 8])
+def test_eos_and_the_length_limit_inside_a_block(
+    place: int, smollm2: Any, assistant: Any, batches: Any
+) -> None:
+    """Another id stands in for EOS; blocks of 8 from a draft model that is nearly always right."""
+    model, inputs = smollm2[0], batches[1][0]
+    width = inputs["input_ids"].shape[1]
+    eos = int(batches[1][1][0, width + place])
+    for settings in ({"eos_token_id": eos, "max_new_tokens": 20}, {"max_new_tokens": place}):
+        settings = {**settings, "do_sample": False, "pad_token_id": 2}
+        tokens = specc.generate(
+            model, **inputs, draft=assistant, num_draft_tokens=8, compile=False, **settings
+        )
+        assert torch.equal(tokens, model.generate(**inputs, **settings))
+
+
+def test_as_users_run_it(smollm2: Any, batches: Any, fresh_compiler: None) -> None:
+    """The defaults: captured, through Inductor."""
+    inputs, expected = batches[1]
+    output = specc.generate(
+        smollm2[0],
+        **inputs,
+        draft="ngram",
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        return_dict_in_generate=True,
+    )
+    assert torch.equal(output.sequences, expected)
+    assert output.speculation.compile_seconds > 0
+
+
 def test_captured_and_stopped_by_a_string(smollm2: Any, batches: Any, fresh_compiler: None) -> None:
     """Through the compiler without Inductor, EOS, a stop string and the tokenizer's own streamer included."""
     model, tokenizer = smollm2
