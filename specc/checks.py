@@ -118,9 +118,9 @@ def check_model(model: Any, what: str = "the model") -> None:
     MaskPlan.of(model)
 
 
-def check_draft(draft: Any, model: Any, given: bool = True) -> None:
+def check_draft(draft: Any, model: Any) -> None:
     """``draft`` is there, known, and fits the model."""
-    if not given or draft is None:
+    if draft is None:
         raise InputError(f"draft is missing: pass {DRAFTS}")
     if draft == "ngram":
         return

@@ -134,15 +134,15 @@ def fresh_code(function: types.FunctionType) -> types.FunctionType:
     Dynamo keeps compiled graphs, and counts recompiles, per code object: two models that share one
     would share its limit.
     """
-    copy = types.FunctionType(
+    twin = types.FunctionType(
         function.__code__.replace(),
         function.__globals__,
         function.__name__,
         function.__defaults__,
         function.__closure__,
     )
-    copy.__kwdefaults__ = function.__kwdefaults__
-    return copy
+    twin.__kwdefaults__ = function.__kwdefaults__
+    return twin
 
 
 def dynamo_errors() -> tuple[type[Exception], ...]:

@@ -27,8 +27,6 @@ from specc.options import Options
 from specc.pipeline import parse_options
 from specc.runtime.session import Request, Speculation, run
 
-_MISSING: Any = object()
-
 
 @dataclasses.dataclass
 class SpeccOutput(GenerateDecoderOnlyOutput):
@@ -52,7 +50,7 @@ def generate(
     inputs: Tensor | None = None,
     generation_config: GenerationConfig | None = None,
     *,
-    draft: Any = _MISSING,
+    draft: Any = None,
     num_draft_tokens: int = 4,
     options: Options | Mapping[str, Any] | None = None,
     compile: bool = True,
@@ -127,7 +125,7 @@ def generate(
 def attach(
     model: Any,
     *,
-    draft: Any = _MISSING,
+    draft: Any = None,
     num_draft_tokens: int = 4,
     options: Options | Mapping[str, Any] | None = None,
     compile: bool = True,
@@ -182,7 +180,7 @@ def _settings(model: Any, draft: Any, num_draft_tokens: Any, options: Any, compi
     parsed = parse_options(options)
     draft = compat.uncompiled(draft)
     checks.check_model(model)
-    checks.check_draft(draft, model, given=draft is not _MISSING)
+    checks.check_draft(draft, model)
     checks.check_num_draft_tokens(num_draft_tokens)
     if not isinstance(compile, bool):
         raise InputError(f"compile must be True or False, got {compile!r}")

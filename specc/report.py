@@ -88,10 +88,8 @@ class DumpReport:
         (self._folder / f"{name}.before.py").write_text(before)
         (self._folder / f"{name}.after.py").write_text(self._text)
         (self._folder / f"{name}.diff").write_text(_diff(name, before, self._text))
-        refused = sum(remark.status == "refused" for remark in result.remarks)
-        self._passes.append(
-            {"name": run.name, "level": run.level, "matched": result.matched, "refused": refused}
-        )
+        counts = {"matched": result.matched, "refused": result.refused}
+        self._passes.append({"name": run.name, "level": run.level, **counts})
         self._remarks += result.remarks
         (self._folder / "remarks.json").write_text(_remarks_json(self._remarks))
         (self._folder / "remarks.txt").write_text("".join(f"{each}\n" for each in self._remarks))

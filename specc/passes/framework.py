@@ -59,6 +59,10 @@ class PassResult:
     matched: int = 0
     remarks: list[Remark] = dataclasses.field(default_factory=list)
 
+    @property
+    def refused(self) -> int:
+        return sum(remark.status == "refused" for remark in self.remarks)
+
 
 class Sites:
     """Collects a pass's findings while it walks a graph."""
@@ -146,15 +150,11 @@ def run_passes(
             ) from error
         for remark in result.remarks:
             log.info("%s", remark)
-        log.debug("%s: %d matched, %d refused", each.name, result.matched, _refusals(result))
+        log.debug("%s: %d matched, %d refused", each.name, result.matched, result.refused)
         for observer in observers:
             observer.after_pass(each, gm, result)
         results.append(result)
     return results
-
-
-def _refusals(result: PassResult) -> int:
-    return sum(remark.status == "refused" for remark in result.remarks)
 
 
 def fake_value(node: Node) -> object:

@@ -59,8 +59,7 @@ class PagedLayer(CacheLayerMixin):
 
     def _slots(self, capacity: int, q_len: int) -> Tensor:
         rows = torch.arange(1, self.seq_lens.shape[0] + 1, device=self.seq_lens.device)
-        offsets = self.seq_lens[:, None] + torch.arange(q_len, device=self.seq_lens.device)
-        return (rows[:, None] * capacity + offsets).reshape(-1)
+        return (rows[:, None] * capacity + _positions(self.seq_lens, q_len)).reshape(-1)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.capacity, 0
@@ -73,6 +72,10 @@ class PagedLayer(CacheLayerMixin):
             "this model's forward asks its cache for one length, and specc's rows each have their own: "
             "use the model's own generate"
         )
+
+
+def _positions(seq_lens: Tensor, q_len: int) -> Tensor:
+    return seq_lens[:, None] + torch.arange(q_len, device=seq_lens.device)
 
 
 def _by_token(states: Tensor) -> Tensor:
@@ -96,4 +99,4 @@ class PagedCache(Cache):
 
     def positions(self, q_len: int) -> Tensor:
         """Positions of the next ``q_len`` tokens of each row, int64 [B, q_len]."""
-        return self.seq_lens[:, None] + torch.arange(q_len, device=self.seq_lens.device)
+        return _positions(self.seq_lens, q_len)

@@ -18,7 +18,7 @@ from specc.runtime.masks import MaskPlan
 
 @dataclasses.dataclass(frozen=True)
 class Role:
-    """What a model does in the step: the function that is captured, and the length of its block."""
+    """What a model does in the step, and the function that is captured for it."""
 
     name: str
     function: Callable[..., Tensor]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import time
 from collections.abc import Callable
 from typing import Any
@@ -22,8 +21,6 @@ from specc.runtime.drain import Drain
 from specc.runtime.model import DRAFT, VERIFY, BoundModel
 from specc.runtime.state import DecodeState
 from specc.runtime.step import StepOps, speculative_step
-
-log = logging.getLogger(__name__)
 
 CAPACITY_UNIT = 64
 

@@ -12,8 +12,6 @@ from specc.runtime.state import DecodeState
 class Drafter(Protocol):
     """``prefill`` once per batch; ``propose`` and ``observe`` once per step, both capturable."""
 
-    method: str
-
     def prefill(self, prompts: Tensor, prompt_lens: Tensor) -> None:
         """Read the prompts, int64 [B, q] right-padded, of lengths prompt_lens int64 [B]."""
 

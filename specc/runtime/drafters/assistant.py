@@ -18,8 +18,6 @@ class AssistantDrafter:
     assistant has not seen the last draft yet; otherwise that slot is written again with what it held.
     """
 
-    method = "assistant"
-
     def __init__(self, assistant: BoundModel, num_drafts: int) -> None:
         self._assistant = assistant
         self._num_drafts = num_drafts

@@ -17,8 +17,6 @@ MAX_NGRAM = 3
 class NGramDrafter:
     """Looks for the longest suffix of up to ``max_ngram`` tokens; the latest occurrence wins."""
 
-    method = "ngram"
-
     def __init__(self, num_drafts: int, max_ngram: int = MAX_NGRAM) -> None:
         self._num_drafts = num_drafts
         self._max_ngram = max_ngram
