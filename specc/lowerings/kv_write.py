@@ -8,36 +8,75 @@ from torch import Tensor
 from specc.lowerings.devices import usual_dtype
 from specc.lowerings.framework import define_op
 
+FP8 = torch.float8_e4m3fn
 
-def reference(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor) -> None:
+
+def reference(
+    k: Tensor,
+    v: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    slots: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+) -> None:
     """Write token t of ``k`` and ``v`` to slot ``slots[t]`` of the pool, in place.
 
     k: [tokens, Hkv, Dk]; v: [tokens, Hkv, Dv]; k_pages: [num_pages, P, Hkv, Dk];
     v_pages: [num_pages, P, Hkv, Dv], any strides; slots: int64 [tokens], slot = page * P + offset.
     Slots outside the pool are clamped into it; callers send padding to page 0, which no row owns.
-    Two live tokens never share a slot. Values are cast to the pool's dtype.
+    Two live tokens never share a slot. Values are cast to the pool's dtype; k_scale, v_scale: float32 [1]
+    or None, divide them first. A pool of float8_e4m3fn saturates at +-448.
     """
     num_pages, page_size = k_pages.shape[:2]
     slots = slots.clamp(0, num_pages * page_size - 1)
     page, offset = slots // page_size, slots % page_size
-    k_pages.index_put_((page, offset), k.to(k_pages.dtype))
-    v_pages.index_put_((page, offset), v.to(v_pages.dtype))
+    for states, pages, scale in ((k, k_pages, k_scale), (v, v_pages, v_scale)):
+        stored = to_stored(states, pages.dtype, scale)
+        # There is no indexed write of float8 on every device; bytes are moved as they are.
+        if pages.dtype == FP8:
+            pages, stored = pages.view(torch.uint8), stored.view(torch.uint8)
+        pages.index_put_((page, offset), stored)
 
 
-def _fake(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor) -> None:
+def to_stored(states: Tensor, dtype: torch.dtype, scale: Tensor | None) -> Tensor:
+    """Keys or values as the pool holds them."""
+    if scale is not None:
+        states = states.float() / scale
+    if dtype == FP8:
+        limit = torch.finfo(FP8).max
+        states = states.float().clamp(-limit, limit)
+    return states.to(dtype)
+
+
+def from_stored(stored: Tensor, dtype: torch.dtype, scale: Tensor | None) -> Tensor:
+    """What ``to_stored`` stored, in ``dtype`` again."""
+    return stored.to(dtype) if scale is None else (stored.float() * scale).to(dtype)
+
+
+def _fake(
+    k: Tensor,
+    v: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    slots: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+) -> None:
     torch._check(k.shape[0] == slots.shape[0], lambda: "kv_write: one slot per token")
     torch._check(v.shape[0] == slots.shape[0], lambda: "kv_write: one slot per token")
 
 
-def _sample(device: str) -> tuple[Tensor, ...]:
+def _sample(device: str) -> tuple[Tensor | None, ...]:
     k, v = torch.randn(2, 20, 8, 64, device=device, dtype=usual_dtype(device))
     k_pages, v_pages = torch.zeros(2, 4, 16, 8, 64, device=device, dtype=k.dtype)
-    return k, v, k_pages, v_pages, torch.arange(20, 40, device=device)
+    return k, v, k_pages, v_pages, torch.arange(20, 40, device=device), None, None
 
 
 kv_write = define_op(
     "kv_write",
-    "(Tensor k, Tensor v, Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor slots) -> ()",
+    "(Tensor k, Tensor v, Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor slots, "
+    "Tensor? k_scale, Tensor? v_scale) -> ()",
     reference,
     _fake,
     _sample,

@@ -54,7 +54,7 @@ class PagedLayer(CacheLayerMixin):
         assert self.keys is not None
         assert self.values is not None
         slots = self._slots(self.keys.shape[1], key_states.shape[2])
-        kv_write(_by_token(key_states), _by_token(value_states), self.keys, self.values, slots)
+        kv_write(_by_token(key_states), _by_token(value_states), self.keys, self.values, slots, None, None)
         return self.keys[1:].transpose(1, 2), self.values[1:].transpose(1, 2)
 
     def _slots(self, capacity: int, q_len: int) -> Tensor:

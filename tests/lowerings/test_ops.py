@@ -30,12 +30,13 @@ def test_opcheck(name: str, provider: str) -> None:
 def test_providers_agree_with_the_reference(name: str, provider: str) -> None:
     op = REGISTRY[name]
     torch.manual_seed(0)
-    ours, theirs = op.sample("cpu"), tuple(each.clone() for each in op.sample("cpu"))
-    for mine, other in zip(ours, theirs, strict=True):
-        other.copy_(mine)
+    ours = op.sample("cpu")
+    theirs = tuple(each.clone() if isinstance(each, torch.Tensor) else each for each in ours)
     result = getattr(getattr(torch.ops.specc, name), provider)(*ours)
     torch.testing.assert_close(result, op.reference(*theirs))
-    torch.testing.assert_close(ours, theirs)
+    for mine, other in zip(ours, theirs, strict=True):
+        if isinstance(mine, torch.Tensor):
+            torch.testing.assert_close(mine, other)
 
 
 def test_the_chooser_takes_the_best_that_supports_the_call_and_keeps_the_reasons() -> None:
@@ -70,7 +71,7 @@ def test_kv_write_changes_the_named_slots_and_nothing_else(data: st.DataObject) 
     expected = [each.clone().reshape(num_pages * page, 2, -1) for each in (k_pages, v_pages)]
     for token, slot in enumerate(slots):
         expected[0][slot], expected[1][slot] = k[token], v[token]
-    kv_write(k, v, k_pages, v_pages, torch.tensor(slots))
+    kv_write(k, v, k_pages, v_pages, torch.tensor(slots), None, None)
     assert torch.equal(k_pages.reshape(num_pages * page, 2, -1), expected[0])
     assert torch.equal(v_pages.reshape(num_pages * page, 2, -1), expected[1])
 
@@ -80,7 +81,7 @@ def test_kv_write_clamps_strays_casts_and_follows_strides() -> None:
     k_pages, v_pages = pool.unbind(0)
     wide = torch.zeros(3, 4, 1, 4)[..., ::2]
     k = torch.tensor([[[1.0, 2.0]], [[3.0, 4.0]]])
-    kv_write(k, k, k_pages, wide, torch.tensor([-7, 99]))
+    kv_write(k, k, k_pages, wide, torch.tensor([-7, 99]), None, None)
     assert k_pages.float()[0, 0, 0].tolist() == wide[0, 0, 0].tolist() == [1, 2]
     assert k_pages.float()[2, 3, 0].tolist() == wide[2, 3, 0].tolist() == [3, 4]
     assert int((k_pages != 0).sum()) == int((wide != 0).sum()) == 4

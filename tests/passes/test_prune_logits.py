@@ -251,7 +251,7 @@ def test_a_mutation_straddles() -> None:
 def test_a_custom_op_that_mutates_straddles() -> None:
     def fn(h: Tensor, pages: Tensor, slots: Tensor) -> Tensor:
         logits = linear(h)
-        torch.ops.specc.kv_write(h[0, :, None], h[0, :, None], pages[0], pages[1], slots)
+        torch.ops.specc.kv_write(h[0, :, None], h[0, :, None], pages[0], pages[1], slots, None, None)
         return logits[:, -1]
 
     args = whole(BATCH, TOKENS, HIDDEN), torch.zeros(2, 2, 4, 1, HIDDEN), torch.arange(TOKENS)

@@ -1,0 +1,96 @@
+"""``specc::unified_attention``: a block's attention over the pool, by a page table."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from specc.lowerings.dense_attention import Scoring, ragged_attention
+from specc.lowerings.devices import usual_dtype
+from specc.lowerings.framework import define_op
+from specc.lowerings.kv_write import FP8, from_stored
+
+
+def reference(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_table: Tensor,
+    cu_seqlens_q: Tensor,
+    seqused_k: Tensor,
+    max_seqlen_q: int,
+    scale: float,
+    window: int,
+    softcap: float,
+    sinks: Tensor | None,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+) -> Tensor:
+    """Paged attention for blocks of any length in one operator, causal, aligned to the bottom right.
+
+    q: [T, Hq, Dk], row b's block at ``cu_seqlens_q[b] : cu_seqlens_q[b + 1]`` (int32 [B + 1]), of at
+    most ``max_seqlen_q`` tokens; k_pages: [num_pages, P, Hkv, Dk], v_pages: [num_pages, P, Hkv, Dv], any
+    strides with a contiguous last dimension; page_table: int32 [B, width]; seqused_k: int64 [B], keys of
+    each row, the block's own included. Token j of row b's n tokens sees keys
+    ``t <= seqused_k[b] - n + j``, of these the last ``window`` (itself included) unless 0. scale,
+    softcap, sinks ([Hq]): see dense_attention.Scoring. k_scale, v_scale: float32 [1] or None, multiply
+    what the pool holds. Hq is a multiple of Hkv. Returns [T, Hq, Dv] in q's dtype; a token that sees
+    nothing gets 0.
+
+    Page numbers are clamped into the pool and lengths to the table's width. What lies behind a row's
+    length is never used, NaN included. Arguments after aiter's unified_attention (ROCm/aiter).
+    """
+    rows, width = page_table.shape
+    page_size = k_pages.shape[1]
+    pages = page_table.long().clamp(0, k_pages.shape[0] - 1)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    k, v = (
+        from_stored(_take(pool, pages), wide, pool_scale).reshape(rows, width * page_size, *pool.shape[2:])
+        for pool, pool_scale in ((k_pages, k_scale), (v_pages, v_scale))
+    )
+    scoring = Scoring(scale, window, softcap, sinks)
+    return ragged_attention(q, k, v, cu_seqlens_q, seqused_k, max_seqlen_q, scoring)
+
+
+def _take(pool: Tensor, pages: Tensor) -> Tensor:
+    if pool.dtype == FP8:
+        return pool.view(torch.uint8)[pages].view(FP8)
+    return pool[pages]
+
+
+def _fake(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_table: Tensor,
+    cu_seqlens_q: Tensor,
+    seqused_k: Tensor,
+    *_: object,
+) -> Tensor:
+    torch._check(
+        seqused_k.dtype == torch.int64,
+        lambda: "unified_attention: seqused_k must be int64, or offsets wrap in pools of 2 GiB",
+    )
+    torch._check(page_table.dtype == torch.int32, lambda: "unified_attention: page_table must be int32")
+    return q.new_empty(q.shape[0], q.shape[1], v_pages.shape[3])
+
+
+def _sample(device: str) -> tuple[object, ...]:
+    dtype = usual_dtype(device)
+    k_pages, v_pages = torch.randn(2, 5, 16, 2, 64, device=device, dtype=dtype)
+    q = torch.randn(8, 8, 64, device=device, dtype=dtype)
+    page_table = torch.tensor([[1, 2], [3, 4]], device=device, dtype=torch.int32)
+    cu_seqlens_q = torch.tensor([0, 4, 8], device=device, dtype=torch.int32)
+    seqused_k = torch.tensor([30, 20], device=device)
+    return q, k_pages, v_pages, page_table, cu_seqlens_q, seqused_k, 4, 0.125, 0, 0.0, None, None, None
+
+
+unified_attention = define_op(
+    "unified_attention",
+    "(Tensor q, Tensor k_pages, Tensor v_pages, Tensor page_table, Tensor cu_seqlens_q, Tensor seqused_k, "
+    "SymInt max_seqlen_q, float scale, int window, float softcap, Tensor? sinks, "
+    "Tensor? k_scale, Tensor? v_scale) -> Tensor",
+    reference,
+    _fake,
+    _sample,
+)
