@@ -37,7 +37,8 @@ def ragged_attention(
     token = starts[:, None] + block
     live = (block < counts[:, None]) & (token < q.shape[0])
     blocks = q[token.clamp(0, q.shape[0] - 1)]
-    positions = (kv_lens.long() - counts)[:, None] + block
+    # Dead lanes see nothing, lest what lies behind a short row's length count as seen.
+    positions = torch.where(live, (kv_lens.long() - counts)[:, None] + block, -1)
     attended = dense_attention(blocks, k, v, positions, scoring)
     # Dead lanes of the padded blocks go to a row of their own behind the last token.
     out = attended.new_zeros(q.shape[0] + 1, *attended.shape[2:])
@@ -48,13 +49,13 @@ def ragged_attention(
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scoring: Scoring) -> Tensor:
     """q: [B, n, Hq, Dk]; k, v: [B, S, Hkv, D]; positions: int64 [B, n]. Returns float [B, n, Hq, Dv]."""
     wide = torch.promote_types(q.dtype, torch.float32)
-    rows, count, heads, _ = q.shape
+    rows, count, heads, head_dim = q.shape
     group = heads // k.shape[2]
     key = torch.arange(k.shape[1], device=q.device)
     visible = key <= positions[:, :, None]
     if scoring.window:
         visible = visible & (key > positions[:, :, None] - scoring.window)
-    queries = q.to(wide).view(rows, count, k.shape[2], group, -1)
+    queries = q.to(wide).view(rows, count, k.shape[2], group, head_dim)
     scores = torch.einsum("bnhgd,bshd->bhgns", queries, k.to(wide)) * scoring.scale
     if scoring.softcap:
         scores = torch.tanh(scores / scoring.softcap) * scoring.softcap

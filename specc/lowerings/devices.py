@@ -15,3 +15,12 @@ def device_kind(device: torch.device) -> str:
 def usual_dtype(device: str) -> torch.dtype:
     """What models compute in there: float32 on a CPU, bfloat16 elsewhere."""
     return torch.float32 if device == "cpu" else torch.bfloat16
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory that can still be allocated there, or None where the device does not say."""
+    if device.type != "cuda":
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return free + cached

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from specc.lowerings import triton_kernels
+from specc.lowerings.cpu_attention import ROWS
 from specc.lowerings.dense_attention import Scoring, ragged_attention
 from specc.lowerings.devices import usual_dtype
-from specc.lowerings.framework import define_op
+from specc.lowerings.framework import Provider, Reason, define_op
 from specc.lowerings.kv_write import FP8, from_stored
 
 
@@ -75,6 +79,63 @@ def _fake(
     return q.new_empty(q.shape[0], q.shape[1], v_pages.shape[3])
 
 
+# What the Triton kernels hold in registers and shared memory, and reach with 32-bit positions.
+MAX_HEAD_DIM, MAX_GROUP, MAX_KEYS = 256, 64, 2**30
+
+
+def _triton_supports(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_table: Tensor,
+    cu_seqlens_q: Tensor,
+    seqused_k: Tensor,
+    max_seqlen_q: int,
+    scale: float,
+    window: int,
+    softcap: float,
+    sinks: Tensor | None,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+) -> Reason:
+    others = (k_pages, v_pages, page_table, cu_seqlens_q, seqused_k, sinks, k_scale, v_scale)
+    return (
+        triton_kernels.unfit(q, *others)
+        or _unheld_dtype(q, k_pages, v_pages)
+        or _unheld_shape(q, k_pages, v_pages, page_table)
+    )
+
+
+def _unheld_dtype(q: Tensor, k_pages: Tensor, v_pages: Tensor) -> Reason:
+    if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"has no kernel for queries of {q.dtype}"
+    if k_pages.dtype != v_pages.dtype or k_pages.dtype not in (q.dtype, FP8):
+        return f"reads pages of {q.dtype} or {FP8} for these queries, got {k_pages.dtype} and {v_pages.dtype}"
+    return None
+
+
+def _unheld_shape(q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor) -> Reason:
+    page_size, kv_heads, key_dim = k_pages.shape[1:]
+    value_dim = v_pages.shape[3]
+    if page_size & (page_size - 1):
+        return f"needs a page size that is a power of two, got {page_size}"
+    if k_pages.stride(3) != 1 or v_pages.stride(3) != 1:
+        return "needs pages with a contiguous last dimension"
+    if any(dim % 8 or not 8 <= dim <= MAX_HEAD_DIM for dim in (key_dim, value_dim)):
+        return f"needs head dimensions of multiples of 8 up to {MAX_HEAD_DIM}, got {key_dim} and {value_dim}"
+    if q.shape[1] // kv_heads > MAX_GROUP:
+        return f"serves up to {MAX_GROUP} query heads of a KV head, got {q.shape[1] // kv_heads}"
+    if page_table.shape[1] * page_size > MAX_KEYS:
+        return f"reaches {MAX_KEYS} keys, got a table of {page_table.shape[1]} pages of {page_size}"
+    return None
+
+
+def _triton(*args: Any) -> Tensor:
+    from specc.lowerings.triton_kernels import attention
+
+    return attention.paged_attention(*args)
+
+
 def _sample(device: str) -> tuple[object, ...]:
     dtype = usual_dtype(device)
     k_pages, v_pages = torch.randn(2, 5, 16, 2, 64, device=device, dtype=dtype)
@@ -93,4 +154,5 @@ unified_attention = define_op(
     reference,
     _fake,
     _sample,
+    (Provider("triton", _triton, _triton_supports, priority=10), ROWS),
 )

@@ -5,6 +5,9 @@ from __future__ import annotations
 import functools
 import importlib.util
 
+from torch import Tensor
+
+from specc.lowerings.devices import device_kind
 from specc.lowerings.framework import Reason
 
 
@@ -12,3 +15,14 @@ from specc.lowerings.framework import Reason
 def obstacle() -> Reason:
     """Why Triton kernels cannot run in this process, or None."""
     return None if importlib.util.find_spec("triton") else "the triton package is not installed"
+
+
+def unfit(first: Tensor, *others: Tensor | None) -> Reason:
+    """Why a Triton kernel cannot reach these tensors, or None."""
+    if device_kind(first.device) not in ("cuda", "hip"):
+        return f"needs a CUDA or HIP device, got {first.device.type}"
+    elsewhere = {each.device for each in others if each is not None} - {first.device}
+    if elsewhere:
+        devices = ", ".join(sorted(str(device) for device in (first.device, *elsewhere)))
+        return f"needs all tensors on one device, got {devices}"
+    return obstacle()
