@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import itertools
 import sysconfig
 import types
 import weakref
@@ -128,14 +129,48 @@ def fake_mode() -> Any:
     return FakeTensorMode(allow_non_fake_inputs=False)
 
 
+def no_modes() -> Any:
+    """Leave the fake and functional modes of a compile that is under way: tensors are real again."""
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    return _disable_current_modes()
+
+
+def hint(size: int | torch.SymInt) -> int:
+    """The value a size had when its graph was captured, without a guard on it."""
+    if isinstance(size, int):
+        return size
+    value = size.node.hint
+    assert value is not None, f"{size} has no hint"
+    return int(value)
+
+
+def bounds(value: torch.SymInt) -> tuple[int, int | None]:
+    """The least and the greatest value that a graph's guards let a symbolic number have; None: no bound."""
+    import sympy  # type: ignore[import-untyped]
+
+    ranges = value.node.shape_env.bound_sympy(value.node.expr)
+    low, high = (int(end) if isinstance(end, sympy.Integer) else None for end in (ranges.lower, ranges.upper))
+    return low or 0, high
+
+
+def is_size(value: torch.SymInt, size: int | torch.SymInt) -> bool:
+    """Whether two symbolic sizes are the same expression."""
+    return not isinstance(size, int) and bool(value.node.expr == size.node.expr)
+
+
+_TWINS = itertools.count()
+
+
 def fresh_code(function: types.FunctionType) -> types.FunctionType:
     """A copy of ``function`` with a code object of its own.
 
     Dynamo keeps compiled graphs, and counts recompiles, per code object: two models that share one
-    would share its limit.
+    would share its limit. What it learns of numbers that change goes by file, line and name: the second
+    model's scales would be taken for variables, were its name not its own.
     """
     twin = types.FunctionType(
-        function.__code__.replace(),
+        function.__code__.replace(co_name=f"{function.__name__}_{next(_TWINS)}"),
         function.__globals__,
         function.__name__,
         function.__defaults__,

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from specc.passes import canonicalize, choose_providers, greedy_select, lower_linear, prune_logits
+from specc.passes import (
+    canonicalize,
+    choose_providers,
+    greedy_select,
+    lower_linear,
+    prune_logits,
+    verify_attention,
+)
 from specc.passes.framework import Level, Pass, PassContext, PassResult, Remark
 
 PASSES: tuple[Pass, ...] = (
     canonicalize.PASS,
+    verify_attention.PASS,
     choose_providers.ON_DYNAMO,
     greedy_select.PASS,
     prune_logits.PASS,

@@ -13,7 +13,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
-from specc.compat import OpOverload
+from specc.compat import HigherOrderOperator, OpOverload, OpOverloadPacket
 from specc.errors import PassError, SpeccError
 from specc.options import Options
 
@@ -23,11 +23,17 @@ Level = Literal["dynamo", "aten"]
 Status = Literal["fired", "refused"]
 
 
+# Python's own spellings of in-place operators, as FX names them.
+IN_PLACE_OPERATORS = frozenset(
+    {"setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor"}
+)
+
 # Files that stand between a line of the user's model and the operator it led to.
 PLUMBING = (
     str(Path(__file__).parents[1] / "lowerings"),
     str(Path(__file__).parents[1] / "runtime" / "cache.py"),
     str(Path("transformers", "cache_utils.py")),
+    str(Path("transformers", "integrations", "sdpa_attention.py")),
 )
 
 
@@ -157,6 +163,60 @@ def run_passes(
     return results
 
 
+def mutates(node: Node, tensor: Node) -> bool:
+    """Whether a call on a Dynamo graph changes ``tensor`` in place."""
+    return tensor in changed_by(node)
+
+
+def changed_by(node: Node) -> list[Node]:
+    """The arguments that a call on a Dynamo graph changes in place, or may change."""
+    target = node.target
+    if node.op not in ("call_function", "call_method"):
+        return []
+    if isinstance(target, OpOverload):
+        given = [*zip(target._schema.arguments, node.args, strict=False)]
+        given += [(each, node.kwargs.get(each.name)) for each in target._schema.arguments]
+        return _nodes([value for each, value in given if each.alias_info and each.alias_info.is_write])
+    if isinstance(target, HigherOrderOperator):
+        return node.all_input_nodes
+    if isinstance(target, OpOverloadPacket):
+        overloads = (getattr(target, name) for name in target.overloads())
+        return node.all_input_nodes if any(each._schema.is_mutable for each in overloads) else []
+    outputs = _nodes([node.kwargs.get("out")])
+    name = target if isinstance(target, str) else getattr(target, "__name__", "")
+    if getattr(target, "__module__", "") == "_operator" or name.endswith("__"):
+        in_place = name.removeprefix("__").removesuffix("__") in IN_PLACE_OPERATORS
+    else:
+        in_place = name.endswith("_")
+    if in_place or node.kwargs.get("inplace"):
+        return outputs + (_nodes([node.args[0]]) if node.args else node.all_input_nodes)
+    return outputs
+
+
+def _nodes(values: Any) -> list[Node]:
+    found: list[Node] = []
+    map_arg(values, found.append)
+    return found
+
+
+def erase_unused(node: Node) -> None:
+    """Erase ``node`` and what only it needed, as far as nothing else reads them and they change nothing.
+
+    For Dynamo graphs, which are never cleaned of dead code as a whole.
+    """
+    pending = [node]
+    while pending:
+        current = pending.pop()
+        computed = current.op in ("call_function", "call_method")
+        if current.users or not computed or current._erased or current.is_impure():
+            continue
+        if changed_by(current):
+            continue
+        inputs = current.all_input_nodes
+        current.graph.erase_node(current)
+        pending.extend(inputs)
+
+
 def fake_value(node: Node) -> object:
     """The fake tensor a node stands for: ``val`` at ATen level, ``example_value`` at Dynamo level."""
     return node.meta.get("val", node.meta.get("example_value"))
@@ -205,10 +265,39 @@ def insert_call(
 ) -> Node:
     """Add an ATen call where ``graph`` inserts, with its fake value and ``like``'s line of user code."""
     node = graph.call_function(target, args, dict(kwargs or {}))
+    return _with_fake_value(node, "val", like)
+
+
+class DynamoInserter:
+    """Adds nodes to a Dynamo graph before ``place``, with their fake values and ``like``'s line of code."""
+
+    def __init__(self, graph: Graph, place: Node, like: Node) -> None:
+        self._graph = graph
+        self._place = place
+        self._like = like
+
+    def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
+        with self._graph.inserting_before(self._place):
+            node = self._graph.call_function(target, args, kwargs)
+        return _with_fake_value(node, "example_value", self._like)
+
+    def method(self, name: str, *args: Any) -> Node:
+        with self._graph.inserting_before(self._place):
+            node = self._graph.call_method(name, args)
+        return _with_fake_value(node, "example_value", self._like)
+
+
+def _with_fake_value(node: Node, key: str, like: Node) -> Node:
     if "stack_trace" in like.meta:
         node.meta["stack_trace"] = like.meta["stack_trace"]
-    modes = [mode for each in node.all_input_nodes if (mode := getattr(each.meta["val"], "fake_mode", None))]
-    with modes[0] if modes else contextlib.nullcontext():
-        fake_args, fake_kwargs = map_arg((node.args, node.kwargs), lambda each: each.meta["val"])
-        node.meta["val"] = target(*fake_args, **fake_kwargs)
+    # A factory call has no inputs to take the mode from.
+    values = (each.meta.get(key) for each in (*node.all_input_nodes, *node.graph.nodes))
+    mode = next((mode for value in values if (mode := getattr(value, "fake_mode", None))), None)
+    with mode if mode is not None else contextlib.nullcontext():
+        args, kwargs = map_arg((node.args, node.kwargs), lambda each: each.meta[key])
+        if node.op == "call_method":
+            node.meta[key] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        else:
+            assert callable(node.target)
+            node.meta[key] = node.target(*args, **kwargs)
     return node
