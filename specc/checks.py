@@ -16,6 +16,9 @@ from specc.runtime.masks import MaskPlan
 MAX_DRAFT_TOKENS = 64
 DRAFTS = "draft='ngram' (prompt lookup) or draft=<a causal LM of the same vocabulary>"
 
+# kv_dtype -> the dtype of the pool; None takes the model's.
+KV_DTYPES: dict[str | None, torch.dtype | None] = {None: None, "fp8": torch.float8_e4m3fn}
+
 Wrong = Callable[[Any], bool]
 
 
@@ -48,7 +51,10 @@ REFUSED_SETTINGS: dict[str, tuple[Wrong, str]] = {
     "use_mtp": (is_given, "MTP heads are not supported yet: pass draft='ngram'"),
     "penalty_alpha": (is_given, "contrastive search is not supported: leave penalty_alpha out"),
     "dola_layers": (is_given, "DoLa decoding is not supported: leave dola_layers out"),
-    "prefill_chunk_size": (is_given, "chunked prefill is not supported yet: leave it out"),
+    "prefill_chunk_size": (
+        lambda value: value is not None and value < 1,
+        "a prompt is read at least one token at a time: pass a positive number",
+    ),
     "cache_implementation": (
         lambda value: value not in (None, "dynamic", "static", "hybrid"),
         "specc keeps a cache of its own: leave cache_implementation out",
@@ -147,6 +153,11 @@ def check_num_draft_tokens(value: Any) -> None:
             f"num_draft_tokens must be an integer from 1 to {MAX_DRAFT_TOKENS} "
             f"(drafts per step + the bonus token), got {value!r}"
         )
+
+
+def check_kv_dtype(value: Any) -> None:
+    if not isinstance(value, str | None) or value not in KV_DTYPES:
+        raise InputError(f"kv_dtype must be 'fp8' or None (the model's own dtype), got {value!r}")
 
 
 def check_prompt(prompts: Any, attention_mask: Any, model: Any) -> None:

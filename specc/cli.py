@@ -65,14 +65,14 @@ def _add_generate(commands: Any) -> None:
 
 
 def _add_dump(commands: Any) -> None:
-    parser = commands.add_parser("dump", help="write the graphs of one forward, pass by pass")
+    parser = commands.add_parser("dump", help="write a model's graphs, pass by pass")
     _add_model(parser)
     parser.add_argument("-o", "--output", required=True, metavar="DIR", help="the folder to write")
     parser.add_argument(
         "--role",
         choices=("verify", "draft"),
         default="verify",
-        help="verify: the graph that checks drafts; draft: the model drafts for itself, add that graph",
+        help="verify: the graphs that read prompts and check drafts; draft: and the one that drafts",
     )
     _add_num_draft_tokens(parser)
     parser.set_defaults(command=_dump)

@@ -33,3 +33,7 @@ class PassError(SpeccError, RuntimeError):
 
 class ProviderError(SpeccError, RuntimeError):
     """No provider of an operator supports the arguments it was called with."""
+
+
+class PoolError(SpeccError):
+    """The pool of keys and values has fewer pages than the batch needs."""

@@ -154,7 +154,7 @@ class TestRefusals:
 
 
 class TestDump:
-    @pytest.mark.parametrize(("role", "graphs"), [("verify", 1), ("draft", 2)])
+    @pytest.mark.parametrize(("role", "graphs"), [("verify", 2), ("draft", 3)])
     def test_writes_one_folder_per_graph(
         self, role: str, graphs: int, tiny_llama: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:

@@ -124,6 +124,17 @@ BAD_INPUT: dict[str, tuple[dict[str, Any], type[SpeccError], str]] = {
     "other device": ({"input_ids": IDS.to("meta")}, InputError, "prompt is on meta"),
     "unknown option": ({"options": {"indcutor": True}}, OptionError, "'indcutor'; valid options: inductor"),
     "ill-typed option": ({"options": {"inductor": 1}}, OptionError, "must be True, False or None, got 1"),
+    "unknown kv_dtype": ({"kv_dtype": "int8"}, InputError, "kv_dtype must be 'fp8' or None .* got 'int8'"),
+    "kv_dtype is torch's": (
+        {"kv_dtype": torch.float8_e4m3fn},
+        InputError,
+        "kv_dtype must be 'fp8' or None .* got torch.float8_e4m3fn",
+    ),
+    "empty chunks": (
+        {"prefill_chunk_size": 0},
+        UnsupportedError,
+        "prefill_chunk_size=0: a prompt is read at least one token at a time: pass a positive",
+    ),
     "compile no bool": ({"compile": "yes"}, InputError, "compile must be True or False"),
 }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,12 +11,56 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from specc import compat
-from specc.errors import UnsupportedError
-from specc.lowerings import kv_write
+from specc.errors import PoolError, UnsupportedError
+from specc.lowerings import kv_write, read_pages
+from specc.lowerings.devices import free_bytes
+from specc.runtime.pages import RESERVED, PageAllocator, Placement, Rows, pages_needed, place, place_rings
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerShape:
+    """What a layer caches of one token: [heads, k_dim] keys and [heads, v_dim] values."""
+
+    heads: int
+    k_dim: int
+    v_dim: int
+    dtype: torch.dtype
+
+    def bytes_per_token(self, dtype: torch.dtype | None) -> int:
+        return self.heads * (self.k_dim + self.v_dim) * (dtype or self.dtype).itemsize
+
+
+@dataclasses.dataclass
+class RowTable:
+    """B rows of a batch: how long they are and where their tokens lie.
+
+    seq_lens: int64 [B], committed tokens; negative while a prompt's padding is read. req_to_token:
+    window -> int32 [B, capacity], the slot of each position in the pools of the layers with that window
+    (0: those that keep everything). Slot 0, on the page that no row owns, stands for no slot.
+    """
+
+    seq_lens: Tensor
+    req_to_token: dict[int, Tensor]
+
+    @property
+    def capacity(self) -> int:
+        return self.req_to_token[0].shape[1]
+
+    def positions(self, q_len: int) -> Tensor:
+        """Positions of the next ``q_len`` tokens of each row, int64 [B, q_len]."""
+        return self.seq_lens[:, None] + torch.arange(q_len, device=self.seq_lens.device)
+
+    def slots(self, positions: Tensor) -> dict[int, Tensor]:
+        """Where tokens at these positions go, by window, int64 [B * q]. Padding goes to slot 0."""
+        at = positions.clamp(0, self.capacity - 1)
+        return {
+            window: torch.where(positions >= 0, table.gather(1, at), 0).flatten().long()
+            for window, table in self.req_to_token.items()
+        }
 
 
 class PagedLayer(CacheLayerMixin):
-    """One layer's pages, [B + 1, capacity, Hkv, D]: page 0 belongs to no row, row b owns page b + 1.
+    """One layer's pages: keys [num_pages, P, Hkv, Dk] and values [num_pages, P, Hkv, Dv].
 
     Writing never moves what is there: a block's tokens go to the slots behind the row's committed
     length, and what a later step does not commit is simply written over.
@@ -23,80 +69,205 @@ class PagedLayer(CacheLayerMixin):
     is_compileable = True
     is_sliding = False
 
-    def __init__(self, seq_lens: Tensor, capacity: int) -> None:
+    def __init__(self, pages: int, page_size: int, shape: LayerShape, window: int, **where: Any) -> None:
         super().__init__()
-        self.seq_lens = seq_lens
-        self.capacity = capacity
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.keys = self._pages(key_states)
-        self.values = self._pages(value_states)
+        self.window = window
+        self.pools = tuple(
+            torch.zeros(pages, page_size, shape.heads, dim, **where) for dim in (shape.k_dim, shape.v_dim)
+        )
+        for pool in self.pools:
+            # Prompts of another length must not recompile the step.
+            compat.mark_dynamic(pool, 0)
+        self.keys, self.values = self.pools
         self.is_initialized = True
 
-    def _pages(self, states: Tensor) -> Tensor:
-        rows, heads, _, head_dim = states.shape
-        pages = torch.zeros(
-            rows + 1, self.capacity, heads, head_dim, dtype=states.dtype, device=states.device
-        )
-        # Prompts of another length must not recompile the step.
-        compat.mark_dynamic(pages, 1)
-        return pages
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """The pool exists from the start."""
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    def write(
+        self, key_states: Tensor, value_states: Tensor, slots: Tensor, req_to_token: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Write a block behind each row's length; return all keys and values, [B, Hkv, capacity, D].
+        """Write a block, [B, Hkv, q, D], to ``slots``; return all keys and values, [B, Hkv, capacity, D]."""
+        k_pages, v_pages = self.pools
+        kv_write(_by_token(key_states), _by_token(value_states), k_pages, v_pages, slots, None, None)
+        keys = read_pages(k_pages, req_to_token, None, key_states.dtype)
+        return keys, read_pages(v_pages, req_to_token, None, value_states.dtype)
 
-        key_states, value_states: [B, Hkv, q, D].
-        """
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        assert self.keys is not None
-        assert self.values is not None
-        slots = self._slots(self.keys.shape[1], key_states.shape[2])
-        kv_write(_by_token(key_states), _by_token(value_states), self.keys, self.values, slots, None, None)
-        return self.keys[1:].transpose(1, 2), self.values[1:].transpose(1, 2)
-
-    def _slots(self, capacity: int, q_len: int) -> Tensor:
-        rows = torch.arange(1, self.seq_lens.shape[0] + 1, device=self.seq_lens.device)
-        return (rows[:, None] * capacity + _positions(self.seq_lens, q_len)).reshape(-1)
+    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        raise UnsupportedError("this model's forward updates a cache layer without its cache")
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.capacity, 0
+        raise UnsupportedError(_NO_LENGTH)
 
     def get_max_length(self) -> int:
-        return self.capacity
+        raise UnsupportedError(_NO_LENGTH)
 
     def get_seq_length(self) -> int:
-        raise UnsupportedError(
-            "this model's forward asks its cache for one length, and specc's rows each have their own: "
-            "use the model's own generate"
-        )
+        raise UnsupportedError(_NO_LENGTH)
 
 
-def _positions(seq_lens: Tensor, q_len: int) -> Tensor:
-    return seq_lens[:, None] + torch.arange(q_len, device=seq_lens.device)
+_NO_LENGTH = (
+    "this model's forward asks its cache for one length, and specc's rows each have their own: "
+    "use the model's own generate"
+)
 
 
 def _by_token(states: Tensor) -> Tensor:
     return states.transpose(1, 2).flatten(0, 1)
 
 
-class PagedCache(Cache):
-    """Pools for all layers of a model, sharing the rows' committed lengths, ``seq_lens`` int64 [B]."""
+class Block(Cache):
+    """What a model's forward sees of a PagedCache while it is fed one block."""
 
-    def __init__(self, num_layers: int, rows: int, capacity: int, device: torch.device) -> None:
-        self.seq_lens = torch.zeros(rows, dtype=torch.int64, device=device)
-        self.capacity = capacity
-        self._pools = [PagedLayer(self.seq_lens, capacity) for _ in range(num_layers)]
-        super().__init__(layers=list(self._pools))
+    def __init__(self, pools: list[PagedLayer], rows: RowTable, slots: dict[int, Tensor]) -> None:
+        super().__init__(layers=list(pools))
+        self._pools = pools
+        self._rows = rows
+        self._slots = slots
 
-    @property
-    def slots_per_row(self) -> int:
-        """``capacity``, read off the pool where there is one: a graph then keeps it symbolic."""
-        keys = self._pools[0].keys
-        return self.capacity if keys is None else keys.shape[1]
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        layer = self._pools[layer_idx]
+        table = self._rows.req_to_token[layer.window]
+        return layer.write(key_states, value_states, self._slots[layer.window], table)
 
-    def positions(self, q_len: int) -> Tensor:
-        """Positions of the next ``q_len`` tokens of each row, int64 [B, q_len]."""
-        return _positions(self.seq_lens, q_len)
+
+class PagedCache:
+    """Pools for all layers of a model, and the rows that live in them.
+
+    ``rows`` are those the next forward is for: while prompts are read, one row for each different
+    prompt; then all rows of the batch.
+    """
+
+    def __init__(
+        self,
+        shapes: Sequence[LayerShape],
+        windows: Sequence[int],
+        rows: Rows,
+        device: torch.device,
+        *,
+        page_size: int,
+        chunk: int,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """``windows``: keys a layer sees at most, 0 for all. ``chunk``: the longest block that is ever fed.
+
+        ``dtype``: of the pool, None for the layers' own. Raises PoolError if memory does not suffice.
+        """
+        longest = -(-max(rows.reach) // page_size)
+        rings = {window: _ring(window, chunk, page_size) for window in set(windows) if window}
+        # A ring that is no shorter than the longest row saves nothing.
+        kept = [window if rings.get(window, longest) < longest else 0 for window in windows]
+        pages = {
+            window: pages_needed(rows, page_size, rings.get(window, 0)) + RESERVED for window in {0, *kept}
+        }
+        self.layers = _allocate(
+            [(shape, window, pages[window]) for shape, window in zip(shapes, kept, strict=True)],
+            page_size,
+            dtype,
+            device,
+        )
+        self._placements = {
+            window: _place(rows, page_size, rings.get(window, 0), count) for window, count in pages.items()
+        }
+        # Graphs treat a length of one as a constant: no table is a single page long.
+        capacity = max(longest, 2) * page_size
+        tables = {
+            window: _slots(placement, capacity, page_size).to(device)
+            for window, placement in self._placements.items()
+        }
+        unique = rows.unique
+        self._everyone = _row_table(tables, range(len(rows.leaders)))
+        self.rows = self._everyone if len(unique) == len(rows.leaders) else _row_table(tables, unique)
+        self.reader_of_row = torch.tensor([unique.index(leader) for leader in rows.leaders], device=device)
+
+    def block(self, positions: Tensor) -> Block:
+        """The cache a model is given for tokens at these positions, int64 [B, q]."""
+        return Block(self.layers, self.rows, self.rows.slots(positions))
+
+    def share_prompts(self) -> None:
+        """Once the prompts are read: rows with the same prompt get copies of the pages they will write."""
+        for layer in self.layers:
+            copies = self._placements[layer.window].copies
+            if copies:
+                source, target = torch.tensor(copies, device=self.reader_of_row.device).unbind(1)
+                for pages in layer.pools:
+                    stored = pages.view(torch.uint8)
+                    stored[target] = stored[source]
+        self.rows = self._everyone
+
+
+def _ring(window: int, chunk: int, page_size: int) -> int:
+    """Pages in which a window goes round, while a block of ``chunk`` tokens is written ahead of it."""
+    return -(-(window + chunk - 1) // page_size) + 1
+
+
+def _place(rows: Rows, page_size: int, ring: int, num_pages: int) -> Placement:
+    allocator = PageAllocator(num_pages)
+    return place_rings(allocator, rows, ring, page_size) if ring else place(allocator, rows, page_size)
+
+
+def _allocate(
+    layers: Sequence[tuple[LayerShape, int, int]],
+    page_size: int,
+    dtype: torch.dtype | None,
+    device: torch.device,
+) -> list[PagedLayer]:
+    """Pools of (shape, window, pages). What was allocated is let go of where the rest does not fit."""
+    sizes = [shape.bytes_per_token(dtype) * page_size * pages for shape, _, pages in layers]
+    free = free_bytes(device)
+    if free is not None and sum(sizes) > free:
+        raise _out_of_memory(layers, sizes, free, device)
+    made: list[PagedLayer] = []
+    for shape, window, pages in layers:
+        try:
+            layer = PagedLayer(pages, page_size, shape, window, dtype=dtype or shape.dtype, device=device)
+        except RuntimeError as error:
+            raise _out_of_memory(layers, sizes, sum(sizes[: len(made)]), device) from error
+        made.append(layer)
+    return made
+
+
+def _out_of_memory(
+    layers: Sequence[tuple[LayerShape, int, int]], sizes: Sequence[int], free: int, device: torch.device
+) -> PoolError:
+    total = sum(sizes)
+    pages = sum({window: count for _, window, count in layers}.values())
+    missing = -(-(total - free) * pages // total)
+    return PoolError(
+        f"the pool of keys and values needs {pages} pages ({total / 2**30:.1f} GiB), and on {device} "
+        f"{missing} of them are missing: generate fewer tokens, or fewer rows at once"
+    )
+
+
+def _slots(placement: Placement, capacity: int, page_size: int) -> Tensor:
+    """Slot of each row's positions, int32 [B, capacity]; 0 behind a row's last page."""
+    table = torch.zeros(len(placement.pages), capacity, dtype=torch.int32)
+    for row, pages in enumerate(placement.pages):
+        slots = torch.tensor(pages)[:, None] * page_size + torch.arange(page_size)
+        table[row, : slots.numel()] = slots.flatten()
+    return table
+
+
+def _row_table(tables: dict[int, Tensor], rows: Sequence[int]) -> RowTable:
+    chosen = {window: table[list(rows)] for window, table in tables.items()}
+    for table in chosen.values():
+        compat.mark_dynamic(table, 1)
+    seq_lens = torch.zeros(len(rows), dtype=torch.int64, device=tables[0].device)
+    return RowTable(seq_lens, chosen)
+
+
+class ShapeRecorder(Cache):
+    """Takes down what each layer of a model caches, from a forward of one token."""
+
+    def __init__(self, num_layers: int) -> None:
+        super().__init__(layers=[])
+        self.shapes = [LayerShape(0, 0, 0, torch.float32)] * num_layers
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        k, v = key_states.shape, value_states.shape
+        self.shapes[layer_idx] = LayerShape(k[1], k[3], v[3], key_states.dtype)
+        return key_states, value_states

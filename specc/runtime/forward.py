@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from specc.lowerings import greedy_select
-from specc.runtime.cache import PagedCache
+from specc.runtime.cache import LayerShape, PagedCache, ShapeRecorder
 from specc.runtime.masks import MaskPlan
 
 
@@ -33,40 +33,45 @@ def next_draft(
 
 
 def prompt_logits(
-    model: Any, tokens: Tensor, prompt_lens: Tensor, cache: PagedCache, masks: MaskPlan
+    model: Any, tokens: Tensor, cache: PagedCache, masks: MaskPlan, last_position: Tensor
 ) -> Tensor:
-    """Feed whole prompts, right-padded to one length, into empty rows; logits after each, [B, V].
+    """Feed a chunk of the prompts, int64 [B, q]; logits after its last tokens, [B, V].
 
-    tokens: int64 [B, q]; prompt_lens: int64 [B]. What the padding writes lies behind the row's length.
-    Where rows differ in length, their last tokens are fed once more, together: the logits of all rows
-    at all last positions would be B times as many as are needed.
+    Prompts are padded on the left: a row's length is negative until its first token, and what stands at
+    negative positions goes to the page that no row owns.
     """
     keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
-    logits = _forward(model, tokens, cache, masks, None, **({"logits_to_keep": 1} if keeps else {}))
-    if bool((prompt_lens == tokens.shape[1]).all()):
-        return logits[:, -1]
-    last = prompt_lens[:, None] - 1
-    cache.seq_lens.copy_(last[:, 0])
-    return _forward(model, tokens.gather(1, last), cache, masks, None)[:, -1]
+    extra = {"logits_to_keep": 1} if keeps else {}
+    return _forward(model, tokens, cache, masks, last_position, **extra)[:, -1]
+
+
+def layer_shapes(model: Any, masks: MaskPlan) -> list[LayerShape]:
+    """What each layer of a model caches of one token."""
+    token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
+    recorder = ShapeRecorder(model.config.get_text_config().num_hidden_layers)
+    model(
+        input_ids=token,
+        attention_mask=masks.build(token, 1, model.dtype),
+        position_ids=token,
+        past_key_values=recorder,
+        use_cache=True,
+    )
+    return recorder.shapes
 
 
 def _forward(
-    model: Any,
-    tokens: Tensor,
-    cache: PagedCache,
-    masks: MaskPlan,
-    last_position: Tensor | None,
-    **extra: Any,
+    model: Any, tokens: Tensor, cache: PagedCache, masks: MaskPlan, last_position: Tensor, **extra: Any
 ) -> Tensor:
-    positions = cache.positions(tokens.shape[1])
-    attention_mask = masks.build(positions, cache.slots_per_row, model.dtype)
-    if last_position is not None:
-        positions = torch.minimum(positions, last_position)
+    positions = cache.rows.positions(tokens.shape[1])
+    block = cache.block(positions)
+    # Padding sees its row's first slot: a token that sees nothing would turn into NaN.
+    positions = positions.clamp(min=0)
+    attention_mask = masks.build(positions, cache.rows.capacity, model.dtype)
     return model(
         input_ids=tokens,
         attention_mask=attention_mask,
-        position_ids=positions,
-        past_key_values=cache,
+        position_ids=torch.minimum(positions, last_position),
+        past_key_values=block,
         use_cache=True,
         **extra,
     ).logits

@@ -86,6 +86,12 @@ class MaskPlan:
         sizes = tuple((name, _size(config, name)) for name in names)
         return cls(sizes, bool(layer_types), IMPLEMENTATIONS[implementation])
 
+    def windows(self, config: Any, num_layers: int) -> list[int]:
+        """How many keys each layer sees at most, 0 for all. config: the model's text configuration."""
+        sizes = {name: size if name == "sliding_attention" else 0 for name, size in self.sizes}
+        layer_types = getattr(config, "layer_types", None) or [self.sizes[0][0]] * num_layers
+        return [sizes[name] for name in layer_types[:num_layers]]
+
     def build(self, positions: Tensor, capacity: int, dtype: torch.dtype) -> Any:
         """Masks for a block. positions: int64 [B, q]; returns [B, 1, q, capacity], or a dict of them.
 

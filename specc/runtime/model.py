@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from specc import compat
 from specc.options import Options
-from specc.runtime.cache import PagedCache
+from specc.runtime.cache import LayerShape, PagedCache
 from specc.runtime.compiled import CompiledForward, GraphKey, compiled_forward
-from specc.runtime.forward import block_logits, next_draft, prompt_logits
+from specc.runtime.forward import block_logits, layer_shapes, next_draft, prompt_logits
 from specc.runtime.masks import MaskPlan
+from specc.runtime.pages import Rows
+
+PREFILL_CHUNK = 512
+PAGE_SIZE = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,12 +32,16 @@ class Role:
 
 VERIFY = Role("verify", block_logits)
 DRAFT = Role("draft", next_draft)
+PREFILL = Role("prefill", prompt_logits)
+
+ANY_LENGTH = 0
 
 
 class BoundModel:
-    """A stock model, its rows in a paged cache, and its compiled forward for blocks of ``q_len``.
+    """A stock model, its rows in a paged cache, and its compiled forwards for prompts and for blocks.
 
-    ``compiled=False`` runs the model's own eager forward in the same step.
+    ``compiled=False`` runs the model's own eager forward in the same step. ``chunk``: the most tokens of
+    a prompt that are fed at once. ``kv_dtype``: of the pool; None for the model's.
     """
 
     def __init__(
@@ -39,30 +49,67 @@ class BoundModel:
         model: Any,
         role: Role,
         *,
-        rows: int,
+        rows: Rows,
         q_len: int,
-        capacity: int,
         last_position: int,
         options: Options,
         compiled: bool,
+        chunk: int = PREFILL_CHUNK,
+        kv_dtype: torch.dtype | None = None,
     ) -> None:
-        device = model.device
-        layers = model.config.get_text_config().num_hidden_layers
+        config, device = model.config.get_text_config(), model.device
         self.model = model
-        self.cache = PagedCache(layers, rows, capacity, device)
         self._masks = MaskPlan.of(model)
+        self._chunk = max(chunk, 2)
+        self.cache = PagedCache(
+            _shapes(model, self._masks),
+            self._masks.windows(config, config.num_hidden_layers),
+            rows,
+            device,
+            page_size=PAGE_SIZE,
+            chunk=max(self._chunk, q_len),
+            dtype=kv_dtype,
+        )
         self._last_position = torch.tensor(last_position, device=device)
-        self._blank = torch.zeros(rows, q_len, dtype=torch.int64, device=device)
+        count = len(rows.leaders)
+        self._blank = torch.zeros(count, q_len, dtype=torch.int64, device=device)
         self._forward: Callable[..., Tensor] = role.function
+        self._read: Callable[..., Tensor] = PREFILL.function
         if compiled:
-            key = GraphKey(role.name, q_len, rows)
-            self._forward = compiled_forward(model, key, role.function, options)
+            self._forward = compiled_forward(model, GraphKey(role.name, q_len, count), role.function, options)
+            key = GraphKey(PREFILL.name, ANY_LENGTH, len(rows.unique))
+            self._read = compiled_forward(model, key, PREFILL.function, options)
 
     def prefill(self, prompts: Tensor, prompt_lens: Tensor) -> Tensor:
-        """Read right-padded prompts [B, q] into the empty pool; logits after each prompt, [B, V]."""
-        logits = prompt_logits(self.model, prompts, prompt_lens, self.cache, self._masks)
-        self.cache.seq_lens.copy_(prompt_lens)
-        return logits
+        """Read left-padded prompts [B, P] into the empty pool; logits after each prompt, [B, V].
+
+        prompt_lens: int64 [B]. Rows with the same prompt read it once.
+        """
+        cache = self.cache
+        readers = torch.zeros_like(cache.rows.seq_lens).scatter_(
+            0, cache.reader_of_row, torch.arange(len(prompts), device=prompts.device)
+        )
+        prompts, lens = prompts[readers], prompt_lens[readers]
+        if any(stop - start == 1 for start, stop in _chunks(prompts.shape[1], self._chunk)):
+            # Graphs treat a length of one as a constant. With one more column, no piece has it.
+            prompts = torch.nn.functional.pad(prompts, (1, 0))
+        padding = prompts.shape[1] - lens
+        logits = prompts.new_empty(0)
+        for start, stop in _chunks(prompts.shape[1], self._chunk):
+            cache.rows.seq_lens.copy_(start - padding)
+            logits = self._read(*self._arguments(_chunk_of(prompts, start, stop)))
+        cache.share_prompts()
+        cache.rows.seq_lens.copy_(prompt_lens)
+        return logits[cache.reader_of_row]
+
+    def warm_up_prefill(self) -> float:
+        """Compile the reading of prompts if it is not; seconds. Feeds padding, which no row keeps."""
+        if not isinstance(self._read, CompiledForward):
+            return 0.0
+        rows = self.cache.rows
+        blank = torch.zeros(rows.seq_lens.shape[0], 2, dtype=torch.int64, device=rows.seq_lens.device)
+        rows.seq_lens.fill_(-2)
+        return self._read.warm_up(*self._arguments(_chunk_of(blank, 0, 2)))
 
     def warm_up(self) -> float:
         """Compile the forward if it is not; seconds. Needs a prefilled pool, whose scratch it uses."""
@@ -76,3 +123,25 @@ class BoundModel:
 
     def _arguments(self, tokens: Tensor) -> tuple[Any, ...]:
         return self.model, tokens, self.cache, self._masks, self._last_position
+
+
+def _chunks(width: int, chunk: int) -> Iterator[tuple[int, int]]:
+    """Cut [0, width) into the fewest pieces of at most ``chunk``, none much shorter than another."""
+    count = -(-width // chunk)
+    return ((width * i // count, width * (i + 1) // count) for i in range(count))
+
+
+def _chunk_of(prompts: Tensor, start: int, stop: int) -> Tensor:
+    tokens = prompts[:, start:stop].clone(memory_format=torch.contiguous_format)
+    compat.mark_dynamic(tokens, 1)
+    return tokens
+
+
+_SHAPES: weakref.WeakKeyDictionary[Any, dict[torch.dtype, list[LayerShape]]] = weakref.WeakKeyDictionary()
+
+
+def _shapes(model: Any, masks: MaskPlan) -> list[LayerShape]:
+    known = _SHAPES.setdefault(model, {})
+    if model.dtype not in known:
+        known[model.dtype] = layer_shapes(model, masks)
+    return known[model.dtype]

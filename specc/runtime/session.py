@@ -18,11 +18,10 @@ from specc.runtime.drafters import Drafter
 from specc.runtime.drafters.assistant import FED, AssistantDrafter
 from specc.runtime.drafters.ngram import NGramDrafter
 from specc.runtime.drain import Drain
-from specc.runtime.model import DRAFT, VERIFY, BoundModel
+from specc.runtime.model import DRAFT, PREFILL_CHUNK, VERIFY, BoundModel
+from specc.runtime.pages import Rows
 from specc.runtime.state import DecodeState
 from specc.runtime.step import StepOps, speculative_step
-
-CAPACITY_UNIT = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +30,7 @@ class Request:
 
     prompts: int64 [B, P], left-padded; attention_mask: [B, P], 0 on padding, or None for none.
     draft: "ngram" or a causal LM. eos: int64 [number of EOS ids]; held_ids, held_until: int64 [n], see
-    DecodeState.
+    DecodeState. prefill_chunk, kv_dtype: see BoundModel.
     """
 
     model: Any
@@ -48,6 +47,8 @@ class Request:
     streamer: Any
     options: Options
     compiled: bool
+    prefill_chunk: int = PREFILL_CHUNK
+    kv_dtype: torch.dtype | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +73,11 @@ class Speculation:
 def run(request: Request) -> tuple[Tensor, Speculation]:
     """Generate. Returns sequences int64 [B, P + new tokens] on the prompts' device, and how it went."""
     prompts, prompt_lens = _left_aligned(request.prompts, request.attention_mask)
-    capacity = _capacity(request)
+    beyond = request.max_new_tokens + request.num_draft_tokens
+    rows = Rows.of(_texts(prompts, prompt_lens), beyond)
+    # The pools first: they are what may not fit.
+    target = _bind(request, request.model, VERIFY, request.num_draft_tokens, rows)
+    drafter = _drafter(request, rows)
     state = DecodeState.start(
         prompts,
         prompt_lens,
@@ -81,16 +86,16 @@ def run(request: Request) -> tuple[Tensor, Speculation]:
         held_ids=request.held_ids,
         held_until=request.held_until,
         num_draft_tokens=request.num_draft_tokens,
-        capacity=capacity,
+        capacity=prompts.shape[1] + beyond,
     )
-    target = _bind(request, request.model, VERIFY, request.num_draft_tokens, capacity)
-    drafter = _drafter(request, capacity)
     drain = Drain(
         request.prompts, request.max_new_tokens, request.criteria, request.pad_token, request.streamer
     )
     ops = StepOps.of(request.options)
-    _, prefill_seconds = _timed(lambda: _prefill(state, target, drafter, ops, prompts, drain))
-    compile_seconds = 0.0 if drain.finished else target.warm_up() + drafter.warm_up()
+    compile_seconds = target.warm_up_prefill() + drafter.warm_up_prefill()
+    _, prefill_seconds = _timed(lambda: _prefill(state, target, drafter, ops, request.prompts, drain))
+    if not drain.finished:
+        compile_seconds += target.warm_up() + drafter.warm_up()
     _, decode_seconds = _timed(lambda: _decode(state, target, drafter, ops, drain))
     drain.end()
     sequences = drain.sequences.to(request.prompts.device)
@@ -157,30 +162,31 @@ def _left_aligned(prompts: Tensor, attention_mask: Tensor | None) -> tuple[Tenso
     return prompts.gather(1, source.clamp(max=width - 1)), prompt_lens
 
 
-def _capacity(request: Request) -> int:
-    """Tokens a row can need: prompt, new tokens, and a block behind the last one."""
-    needed = request.prompts.shape[1] + request.max_new_tokens + request.num_draft_tokens
-    return -(-needed // CAPACITY_UNIT) * CAPACITY_UNIT
+def _texts(prompts: Tensor, prompt_lens: Tensor) -> list[list[int]]:
+    """Each row's tokens, without padding. prompts: right-padded."""
+    lens = prompt_lens.tolist()
+    return [text[:length] for text, length in zip(prompts.tolist(), lens, strict=True)]
 
 
-def _bind(request: Request, model: Any, role: Any, q_len: int, capacity: int) -> BoundModel:
+def _bind(request: Request, model: Any, role: Any, q_len: int, rows: Rows) -> BoundModel:
     return BoundModel(
         model,
         role,
-        rows=request.prompts.shape[0],
+        rows=rows,
         q_len=q_len,
-        capacity=capacity,
         last_position=request.prompts.shape[1] + request.max_new_tokens - 1,
         options=request.options,
         compiled=request.compiled,
+        chunk=request.prefill_chunk,
+        kv_dtype=request.kv_dtype,
     )
 
 
-def _drafter(request: Request, capacity: int) -> Drafter:
+def _drafter(request: Request, rows: Rows) -> Drafter:
     num_drafts = request.num_draft_tokens - 1
     if isinstance(request.draft, str):
         return NGramDrafter(num_drafts)
-    return AssistantDrafter(_bind(request, request.draft, DRAFT, FED, capacity), num_drafts)
+    return AssistantDrafter(_bind(request, request.draft, DRAFT, FED, rows), num_drafts)
 
 
 def _timed(action: Callable[[], Any]) -> tuple[Any, float]:

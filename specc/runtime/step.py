@@ -44,5 +44,5 @@ def speculative_step(state: DecodeState, target: BoundModel, drafter: Drafter, o
     num_correct, _ = ops.accept(candidates, choice)
     count_step(state, num_correct)
     committed = commit(state, choice, num_correct)
-    target.cache.seq_lens.copy_(state.text_lens - 1)
+    target.cache.rows.seq_lens.copy_(state.text_lens - 1)
     drafter.observe(state, committed)

@@ -12,7 +12,8 @@ import specc
 from specc.errors import CaptureError, CompileError
 from specc.runtime.forward import block_logits, next_draft
 from specc.runtime.model import DRAFT, VERIFY, BoundModel
-from specc.runtime.session import _left_aligned
+from specc.runtime.pages import Rows
+from specc.runtime.session import _left_aligned, _texts
 from tests.families import FAMILIES, noisy_copy, prompt, tiny
 
 OPTIONS = specc.Options(inductor=False)
@@ -20,20 +21,19 @@ OPTIONS = specc.Options(inductor=False)
 
 def bound(family: str, role: Any, q_len: int) -> BoundModel:
     """A model over prefilled, ragged rows."""
+    inputs = prompt(4)
+    texts, lens = _left_aligned(inputs["input_ids"], inputs["attention_mask"])
     model = BoundModel(
         tiny(family),
         role,
-        rows=4,
+        rows=Rows.of(_texts(texts, lens), beyond=52),
         q_len=q_len,
-        capacity=64,
         last_position=63,
         options=OPTIONS,
         compiled=False,
     )
-    inputs = prompt(4)
-    prompts, lens = _left_aligned(inputs["input_ids"], inputs["attention_mask"])
     with torch.no_grad():
-        model.prefill(prompts, lens)
+        model.prefill(inputs["input_ids"], lens)
     return model
 
 

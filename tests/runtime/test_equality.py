@@ -24,19 +24,29 @@ def draft_for(kind: str, family: str) -> Any:
     return {"ngram": "ngram", "itself": tiny(family), "assistant": noisy_copy(family)}[kind]
 
 
-def speculate(family: str, rows: int, draft: Any, **settings: Any) -> Any:
-    settings = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "compile": False, **settings}
+# The model's own attention over masks, or captured graphs with every pass on.
+HOW: dict[str, dict[str, Any]] = {
+    "eager": {"compile": False},
+    "captured": {"compile": True, "options": {"inductor": False}},
+}
+
+
+def speculate(family: str, rows: int, draft: Any, how: str = "eager", **settings: Any) -> Any:
+    settings = {"max_new_tokens": NEW_TOKENS, "do_sample": False, **HOW[how], **settings}
     return specc.generate(
         tiny(family), **prompt(rows, WIDTH), draft=draft, return_dict_in_generate=True, **settings
     )
 
 
-@pytest.mark.parametrize("num_draft_tokens", [2, 4, 8])
 @pytest.mark.parametrize("kind", ["ngram", "assistant"])
+@pytest.mark.parametrize("num_draft_tokens", [2, 4, 8])
 @pytest.mark.parametrize("rows", [1, 4])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_tokens_equal_plain_decoding(family: str, rows: int, kind: str, num_draft_tokens: int) -> None:
-    output = speculate(family, rows, draft_for(kind, family), num_draft_tokens=num_draft_tokens)
+@pytest.mark.parametrize("how", HOW)
+def test_tokens_equal_plain_decoding(
+    how: str, family: str, rows: int, num_draft_tokens: int, kind: str
+) -> None:
+    output = speculate(family, rows, draft_for(kind, family), how, num_draft_tokens=num_draft_tokens)
     assert torch.equal(output.sequences, plain(family, rows))
     assert output.speculation.mean_accepted_length > 1, "no draft was ever accepted: nothing was tested"
 
@@ -72,13 +82,14 @@ def test_a_model_drafting_for_itself_is_always_right(family: str) -> None:
 
 @pytest.mark.parametrize("place", [1, 2, 5, 8, 9])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_eos_anywhere_in_an_accepted_block(family: str, place: int) -> None:
+@pytest.mark.parametrize("how", HOW)
+def test_eos_anywhere_in_an_accepted_block(how: str, family: str, place: int) -> None:
     """A model drafting for itself has whole blocks of 8 accepted, so EOS lies inside one."""
     text = plain(family, 1)[0, WIDTH:].tolist()
     eos = text[place]
     settings = {"eos_token_id": eos, "pad_token_id": 0}
     expected = plain(family, 1, **settings)
-    output = speculate(family, 1, tiny(family), num_draft_tokens=8, **settings)
+    output = speculate(family, 1, tiny(family), how, num_draft_tokens=8, **settings)
     assert torch.equal(output.sequences, expected)
     assert output.sequences[0, -1] == eos
 
@@ -95,9 +106,10 @@ def test_several_eos_ids_stop_ragged_rows(kind: str) -> None:
 @pytest.mark.parametrize("max_new_tokens", [1, 2, 5, 8, 9, 10])
 @pytest.mark.parametrize("kind", ["ngram", "itself"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_length_limit_inside_a_block(family: str, kind: str, max_new_tokens: int) -> None:
+@pytest.mark.parametrize("how", HOW)
+def test_the_length_limit_inside_a_block(how: str, family: str, kind: str, max_new_tokens: int) -> None:
     draft = draft_for(kind, family)
-    output = speculate(family, 4, draft, num_draft_tokens=8, max_new_tokens=max_new_tokens)
+    output = speculate(family, 4, draft, how, num_draft_tokens=8, max_new_tokens=max_new_tokens)
     assert torch.equal(output.sequences, plain(family, 4, max_new_tokens=max_new_tokens))
 
 
@@ -135,11 +147,12 @@ def test_a_prompt_of_one_token() -> None:
 
 
 @pytest.mark.parametrize("kind", ["ngram", "itself"])
-def test_the_exact_end_of_the_context(kind: str) -> None:
+@pytest.mark.parametrize("how", HOW)
+def test_the_exact_end_of_the_context(how: str, kind: str) -> None:
     """The last blocks reach beyond the last position; nothing there may leak into what is committed."""
     context = tiny("llama").config.max_position_embeddings
     settings = {"max_new_tokens": context - WIDTH}
-    output = speculate("llama", 1, draft_for(kind, "llama"), num_draft_tokens=8, **settings)
+    output = speculate("llama", 1, draft_for(kind, "llama"), how, num_draft_tokens=8, **settings)
     assert output.sequences.shape[1] == context
     assert torch.equal(output.sequences, plain("llama", 1, **settings))
 

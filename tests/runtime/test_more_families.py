@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -92,3 +93,28 @@ def test_tokens_equal_plain_decoding(model_type: str) -> None:
     )
     assert torch.equal(output.sequences, model.generate(**prompt(3), **settings))
     assert output.speculation.acceptance == [1.0, 1.0, 1.0]
+
+
+# What becomes of their attention in captured graphs: sinks, soft caps and windows among them.
+ATTENTION = {
+    "codegen": "its scores come from attn_weights",
+    "cohere2": "unified attention by the same page table",
+    "deepseek_v2": "latent attention (MLA)",
+    "exaone4": "unified attention by the same page table",
+    "gemma2": "unified attention by the same page table",
+    "gpt2": "unified attention by the same page table",
+    "gpt_neox": "unified attention by the same page table",
+    "llama4_text": "not a causal chain's",
+    "phi3": "unified attention by the same page table",
+}
+
+
+@pytest.mark.parametrize("model_type", ATTENTION)
+def test_captured_tokens_equal_plain_decoding(model_type: str, tmp_path: Path, fresh_compiler: None) -> None:
+    model = random_model(model_type)
+    settings = {"max_new_tokens": 25, "do_sample": False}
+    options = {"inductor": False, "dump": str(tmp_path)}
+    tokens = specc.generate(model, **prompt(3), draft=model, num_draft_tokens=4, options=options, **settings)
+    assert torch.equal(tokens, model.generate(**prompt(3), **settings))
+    for remarks in tmp_path.glob("*/remarks.txt"):
+        assert ATTENTION[model_type] in remarks.read_text()

@@ -1,4 +1,4 @@
-"""The pieces of the step against plain Python: prompt lookup, commit, the host's drain, the pool."""
+"""The pieces of the step against plain Python: prompt lookup, commit, the host's drain, the masks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from specc.lowerings import greedy_select
 from specc.runtime.acceptance import commit, count_step, target_choice
-from specc.runtime.cache import PagedCache
 from specc.runtime.device_graph import EagerGraph, device_graph
 from specc.runtime.drafters.ngram import lookup
 from specc.runtime.drain import Drain
@@ -175,27 +174,6 @@ def test_drain_is_plain_decodings_loop(data: st.DataObject, pads: bool) -> None:
         own = stops[row] if pads else length
         expected = tokens[row, : own - prompt].tolist() + [7] * (length - own)
         assert drain.sequences[row, prompt:].tolist() == expected
-
-
-@FAST
-@given(data=st.data())
-def test_pool_rows_never_touch_each_other(data: st.DataObject) -> None:
-    """Random blocks behind random lengths: every row reads back exactly what it wrote."""
-    rows, heads, dim, capacity = 3, 2, 4, 16
-    cache = PagedCache(1, rows, capacity, torch.device("cpu"))
-    expected = torch.zeros(rows, heads, capacity, dim)
-    for _ in range(3):
-        q_len = data.draw(st.integers(1, 4))
-        lens = torch.tensor([data.draw(st.integers(0, capacity - q_len)) for _ in range(rows)])
-        cache.seq_lens.copy_(lens)
-        block = torch.randn(rows, heads, q_len, dim)
-        for row in range(rows):
-            expected[row, :, lens[row] : lens[row] + q_len] = block[row]
-        keys, values = cache.update(block, -block, 0)
-        assert torch.equal(keys, expected)
-        assert torch.equal(values, -expected)
-    page_zero = cache.layers[0].keys[0]
-    assert not page_zero.any(), "page 0 belongs to no row"
 
 
 def dense_mask(pattern: str, size: int, position: int, capacity: int) -> list[bool]:

@@ -13,7 +13,10 @@ class Drafter(Protocol):
     """``prefill`` once per batch; ``propose`` and ``observe`` once per step, both capturable."""
 
     def prefill(self, prompts: Tensor, prompt_lens: Tensor) -> None:
-        """Read the prompts, int64 [B, q] right-padded, of lengths prompt_lens int64 [B]."""
+        """Read the prompts, int64 [B, q] left-padded, of lengths prompt_lens int64 [B]."""
+
+    def warm_up_prefill(self) -> float:
+        """Compile what ``prefill`` runs; seconds it took. Called before it."""
 
     def warm_up(self) -> float:
         """Compile what ``propose`` runs; seconds it took. Must not change what ``propose`` returns."""

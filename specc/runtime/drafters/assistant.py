@@ -25,11 +25,14 @@ class AssistantDrafter:
     def prefill(self, prompts: Tensor, prompt_lens: Tensor) -> None:
         self._assistant.prefill(prompts, prompt_lens)
 
+    def warm_up_prefill(self) -> float:
+        return self._assistant.warm_up_prefill()
+
     def warm_up(self) -> float:
         return self._assistant.warm_up()
 
     def propose(self, state: DecodeState) -> Tensor:
-        seq_lens = self._assistant.cache.seq_lens
+        seq_lens = self._assistant.cache.rows.seq_lens
         seq_lens.copy_(state.text_lens - FED)
         fed = state.last_tokens(FED)
         drafts = [fed[:, :0]]

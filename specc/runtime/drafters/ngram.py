@@ -24,6 +24,9 @@ class NGramDrafter:
     def prefill(self, prompts: Tensor, prompt_lens: Tensor) -> None:
         """The text is all there is to know."""
 
+    def warm_up_prefill(self) -> float:
+        return 0.0
+
     def warm_up(self) -> float:
         return 0.0
 
