@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import importlib.metadata
 import json
+import math
 import os
 import platform
 import statistics
 import subprocess
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +54,21 @@ def machine() -> dict[str, Any]:
         "transformers": transformers.__version__,
         "commit": _git("rev-parse", "HEAD"),
         "modified": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        **({"device": device()} if torch.cuda.is_available() else {}),
+    }
+
+
+def device() -> dict[str, Any]:
+    """The GPU, its driver, and what compiles for it."""
+    facts = torch.cuda.get_device_properties(0)
+    return {
+        "name": facts.name,
+        "multiprocessors": facts.multi_processor_count,
+        "memory_bytes": facts.total_memory,
+        "l2_bytes": facts.L2_cache_size,
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "cuda": torch.version.cuda,
+        "triton": _version("triton"),
     }
 
 
@@ -59,6 +77,66 @@ def read_bandwidth(repeats: int = 7, megabytes: int = 512) -> Sample:
     data = torch.ones(megabytes * 2**20 // 4)
     data.sum()
     return Sample(tuple(data.nbytes / _seconds(data.sum) for _ in range(repeats)))
+
+
+def device_bandwidths(gigabytes: int = 4) -> dict[str, Sample]:
+    """Bytes per second of the GPU's memory: read by a sum, and read and written by a copy."""
+    source = torch.randn(gigabytes * 2**28, device="cuda")
+    target = torch.empty_like(source)
+    read, copy = device_seconds([source.sum]), device_seconds([lambda: target.copy_(source)])
+    return {
+        "read": Sample(tuple(source.nbytes / each for each in read.values)),
+        "copy": Sample(tuple(2 * source.nbytes / each for each in copy.values)),
+    }
+
+
+def device_seconds(calls: Sequence[Callable[[], Any]], replays: int = 20, at_least: float = 1e-3) -> Sample:
+    """Seconds per call on the GPU: the calls in turn, in one CUDA graph of ``at_least`` seconds, replayed.
+
+    One value per replay, by events around it. The host is ahead of the GPU all along, so neither Python
+    nor launching a graph counts; gaps between the kernels of a graph do. Give calls on several inputs to
+    keep them from staying in the L2 cache.
+    """
+    _warm_up(calls)
+    round_seconds = _replay_seconds(_captured(calls, 1), 2)[-1]
+    rounds = min(math.ceil(at_least / round_seconds), max(1, 256 // len(calls)))
+    taken = _replay_seconds(_captured(calls, rounds), replays + 3)[3:]
+    return Sample(tuple(each / (rounds * len(calls)) for each in taken))
+
+
+def _captured(calls: Sequence[Callable[[], Any]], rounds: int) -> torch.cuda.CUDAGraph:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(rounds):
+            for call in calls:
+                call()
+    return graph
+
+
+def _replay_seconds(graph: torch.cuda.CUDAGraph, replays: int) -> list[float]:
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(replays)]
+    for start, end in events:
+        start.record()
+        graph.replay()
+        end.record()
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) * 1e-3 for start, end in events]
+
+
+def _warm_up(calls: Sequence[Callable[[], Any]]) -> None:
+    """Kernels are compiled and libraries' handles made before a capture, on a stream that is not it."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for call in calls[:2]:
+            call()
+    torch.cuda.synchronize()
+
+
+def host_seconds(calls: Sequence[Callable[[], Any]], repeats: int = 5) -> Sample:
+    """Seconds per call on a CPU, the calls in turn."""
+    calls[0]()
+    return Sample(tuple(_seconds(lambda: [call() for call in calls]) / len(calls) for _ in range(repeats)))
 
 
 def _seconds(action: Any) -> float:
@@ -91,7 +169,20 @@ def _cpu_name() -> str:
 
 
 def _git(*arguments: str) -> str:
-    done = subprocess.run(
-        ["git", *arguments], cwd=RESULTS.parent, capture_output=True, text=True, check=False
-    )
+    return _output("git", *arguments)
+
+
+def _output(*command: str) -> str:
+    """What a command prints; empty where there is no such command."""
+    try:
+        done = subprocess.run(command, cwd=RESULTS.parent, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return ""
     return done.stdout.strip()
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
