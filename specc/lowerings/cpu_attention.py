@@ -10,7 +10,7 @@ from torch import Tensor
 
 from specc.lowerings.dense_attention import Scoring
 from specc.lowerings.framework import Provider, Reason
-from specc.lowerings.kv_write import FP8, from_stored
+from specc.lowerings.kv_write import FP8, as_bytes, from_stored
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Tokens attended at once: later blocks see more keys, and earlier ones need not compute with them.
@@ -120,9 +120,7 @@ def _take(
 
 def _gather(pool: Tensor, pages: Tensor) -> Tensor:
     pages = pages.clamp(0, pool.shape[0] - 1)
-    if pool.dtype == FP8:
-        return pool.view(torch.uint8).index_select(0, pages).view(FP8)
-    return pool.index_select(0, pages)
+    return as_bytes(pool).index_select(0, pages).view(pool.dtype)
 
 
 def _mask(

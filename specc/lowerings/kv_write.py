@@ -35,10 +35,12 @@ def reference(
     page, offset = slots // page_size, slots % page_size
     for states, pages, scale in ((k, k_pages, k_scale), (v, v_pages, v_scale)):
         stored = to_stored(states, pages.dtype, scale)
-        # There is no indexed write of float8 on every device; bytes are moved as they are.
-        if pages.dtype == FP8:
-            pages, stored = pages.view(torch.uint8), stored.view(torch.uint8)
-        pages.index_put_((page, offset), stored)
+        as_bytes(pages).index_put_((page, offset), as_bytes(stored))
+
+
+def as_bytes(pages: Tensor) -> Tensor:
+    """Float8 as its bytes, since not every device indexes it; other numbers as they are."""
+    return pages.view(torch.uint8) if pages.dtype == FP8 else pages
 
 
 def to_stored(states: Tensor, dtype: torch.dtype, scale: Tensor | None) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from specc.lowerings.devices import usual_dtype
 from specc.lowerings.framework import define_op
-from specc.lowerings.kv_write import FP8, from_stored
+from specc.lowerings.kv_write import as_bytes, from_stored
 
 
 def reference(pages: Tensor, req_to_token: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -18,9 +18,7 @@ def reference(pages: Tensor, req_to_token: Tensor, scale: Tensor | None, dtype: 
     """
     num_pages, page_size = pages.shape[:2]
     slots = req_to_token.long().clamp(0, num_pages * page_size - 1)
-    stored = pages.view(torch.uint8) if pages.dtype == FP8 else pages
-    rows = stored[slots // page_size, slots % page_size]
-    rows = rows.view(FP8) if pages.dtype == FP8 else rows
+    rows = as_bytes(pages)[slots // page_size, slots % page_size].view(pages.dtype)
     return from_stored(rows, dtype, scale).transpose(1, 2).contiguous()
 
 

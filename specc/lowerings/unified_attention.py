@@ -12,7 +12,7 @@ from specc.lowerings.cpu_attention import ROWS
 from specc.lowerings.dense_attention import Scoring, ragged_attention
 from specc.lowerings.devices import usual_dtype
 from specc.lowerings.framework import Provider, Reason, define_op
-from specc.lowerings.kv_write import FP8, from_stored
+from specc.lowerings.kv_write import FP8, as_bytes, from_stored
 
 
 def reference(
@@ -49,17 +49,13 @@ def reference(
     pages = page_table.long().clamp(0, k_pages.shape[0] - 1)
     wide = torch.promote_types(q.dtype, torch.float32)
     k, v = (
-        from_stored(_take(pool, pages), wide, pool_scale).reshape(rows, width * page_size, *pool.shape[2:])
+        from_stored(as_bytes(pool)[pages].view(pool.dtype), wide, pool_scale).reshape(
+            rows, width * page_size, *pool.shape[2:]
+        )
         for pool, pool_scale in ((k_pages, k_scale), (v_pages, v_scale))
     )
     scoring = Scoring(scale, window, softcap, sinks)
     return ragged_attention(q, k, v, cu_seqlens_q, seqused_k, max_seqlen_q, scoring)
-
-
-def _take(pool: Tensor, pages: Tensor) -> Tensor:
-    if pool.dtype == FP8:
-        return pool.view(torch.uint8)[pages].view(FP8)
-    return pool[pages]
 
 
 def _fake(

@@ -6,10 +6,11 @@ one rounding holds on every device, those included that Triton has no such type 
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from specc.lowerings.kv_write import as_bytes
 
 BLOCK = 1024
 
@@ -102,8 +103,8 @@ def kv_write(
     _write[(tokens, triton.cdiv(heads * max(k_dim, v_dim), BLOCK))](
         k,
         v,
-        _as_bytes_if_float8(k_pages),
-        _as_bytes_if_float8(v_pages),
+        as_bytes(k_pages),
+        as_bytes(v_pages),
         slots,
         k_scale,
         v_scale,
@@ -119,7 +120,3 @@ def kv_write(
         V_DIM=v_dim,
         BLOCK=BLOCK,
     )
-
-
-def _as_bytes_if_float8(pages: Tensor) -> Tensor:
-    return pages.view(torch.uint8) if pages.dtype == torch.float8_e4m3fn else pages
