@@ -23,12 +23,12 @@ def stage(name: str, *, quiet: bool = False, stream: TextIO | None = None) -> It
         yield
         return
     line = _Line(name, stream if stream is not None else sys.stderr)
+    outcome = "failed after "
     try:
         yield
-    except BaseException:
-        line.end("failed after ")
-        raise
-    line.end("")
+        outcome = ""
+    finally:
+        line.end(outcome)
 
 
 class _Line:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from specc.lowerings import triton_kernels
-from specc.lowerings.devices import device_kind, usual_dtype
+from specc.lowerings.devices import usual_dtype
 from specc.lowerings.framework import Provider, Reason, define_op
 
 
@@ -28,17 +28,16 @@ def _fake(logits: Tensor) -> Tensor:
 
 
 def _triton_supports(logits: Tensor) -> Reason:
-    if device_kind(logits.device) not in ("cuda", "hip"):
-        return f"needs a CUDA or HIP device, got {logits.device.type}"
     if logits.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"has no kernel for {logits.dtype}"
-    return triton_kernels.obstacle()
+    return triton_kernels.unfit(logits)
 
 
 def _triton(logits: Tensor) -> Tensor:
     from specc.lowerings.triton_kernels import argmax
 
-    return argmax.split_argmax(logits)
+    with torch.cuda.device_of(logits):
+        return argmax.split_argmax(logits)
 
 
 def _sample(device: str) -> tuple[Tensor, ...]:

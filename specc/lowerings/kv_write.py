@@ -80,7 +80,7 @@ def _triton_supports(
     k_scale: Tensor | None,
     v_scale: Tensor | None,
 ) -> Reason:
-    if slots.dtype not in (torch.int32, torch.int64):
+    if slots.dtype not in triton_kernels.INDICES:
         return f"has no kernel for slots of {slots.dtype}"
     if not slots.shape[0] == k.shape[0] == v.shape[0]:
         return f"needs one slot per token, got {list(slots.shape)} for {list(k.shape)}, {list(v.shape)}"

@@ -8,8 +8,6 @@ from torch import Tensor
 from specc.lowerings import triton_kernels
 from specc.lowerings.framework import Provider, Reason, define_op
 
-INDICES = (torch.int32, torch.int64)
-
 
 def reference(kv_indices: Tensor, kv_indptr: Tensor, page_size: int, width: int) -> Tensor:
     """Entry c of row r is ``kv_indices[kv_indptr[r] + c * P] // P``, for every page row r has tokens on.
@@ -36,7 +34,7 @@ def _fake(kv_indices: Tensor, kv_indptr: Tensor, page_size: int, width: int) -> 
 
 def _triton_supports(kv_indices: Tensor, kv_indptr: Tensor, page_size: int, width: int) -> Reason:
     for name, tensor in (("kv_indices", kv_indices), ("kv_indptr", kv_indptr)):
-        if tensor.dtype not in INDICES:
+        if tensor.dtype not in triton_kernels.INDICES:
             return f"has no kernel for {name} of {tensor.dtype}"
     return triton_kernels.unfit(kv_indices, kv_indptr)
 

@@ -8,8 +8,6 @@ from torch import Tensor
 from specc.lowerings import triton_kernels
 from specc.lowerings.framework import Provider, Reason, define_op
 
-INDICES = (torch.int32, torch.int64)
-
 
 def reference(
     req_to_token: Tensor, req_pool_indices: Tensor | None, kv_lens: Tensor, page_size: int, width: int
@@ -49,7 +47,7 @@ def _triton_supports(
 ) -> Reason:
     tensors = {"req_to_token": req_to_token, "req_pool_indices": req_pool_indices, "kv_lens": kv_lens}
     for name, tensor in tensors.items():
-        if tensor is not None and tensor.dtype not in INDICES:
+        if tensor is not None and tensor.dtype not in triton_kernels.INDICES:
             return f"has no kernel for {name} of {tensor.dtype}"
     if req_pool_indices is not None and req_pool_indices.shape != kv_lens.shape:
         return f"needs one request per row, got {req_pool_indices.shape[0]} for {kv_lens.shape[0]} rows"

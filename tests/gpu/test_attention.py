@@ -73,9 +73,11 @@ def test_lengths_at_edges(length: int) -> None:
     agree(Case(lens=(length, length), blocks=(1, min(length, 8)), dtype=torch.bfloat16, spare_pages=0))
 
 
-@pytest.mark.parametrize("length", [700, 9000])
+# Weights are rounded relative to a running maximum, and the maximum itself is exact. Flash attention starts
+# a new maximum for every 128 keys of a short row, which rounds a little less; specc does for every 512.
+@pytest.mark.parametrize(("length", "most"), [(300, 1.03), (700, 1.03), (9000, 1.0), (32000, 1.0)])
 @pytest.mark.parametrize("dtype", HALF)
-def test_error_is_no_worse_than_flash_attention(dtype: torch.dtype, length: int) -> None:
+def test_error_against_flash_attention(dtype: torch.dtype, length: int, most: float) -> None:
     case = Case(lens=(length,) * 4, blocks=(16,) * 4, dtype=dtype, key_dim=128, value_dim=128, page=64)
     args = build(case, "cuda")
     truth = expected(args)
@@ -95,7 +97,7 @@ def test_error_is_no_worse_than_flash_attention(dtype: torch.dtype, length: int)
             ],
             dim=1,
         ).flatten(0, 1)
-    assert ours <= 1.1 * relative_error(theirs, truth)
+    assert ours <= most * relative_error(theirs, truth)
 
 
 def test_a_pool_beyond_2_gib() -> None:

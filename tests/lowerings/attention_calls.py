@@ -8,11 +8,10 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-FP8 = torch.float8_e4m3fn
+from tests.lowerings.pools import FP8, LAYOUTS
+
 PAGE_SIZES = (1, 16, 64, 128)
 HEAD_DIMS = ((8, 8), (24, 16), (64, 64), (80, 80), (96, 96), (128, 128), (256, 256), (192, 128))
-# Order in memory of a pool's dimensions: pages, page, heads, D.
-LAYOUTS = {"pages first": (0, 1, 2, 3), "heads before tokens": (0, 2, 1, 3), "heads first": (2, 0, 1, 3)}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,10 +5,14 @@ from __future__ import annotations
 import functools
 import importlib.util
 
+import torch
 from torch import Tensor
 
 from specc.lowerings.devices import device_kind
 from specc.lowerings.framework import Reason
+
+# What kernels read lengths, slots and pages from.
+INDICES = (torch.int32, torch.int64)
 
 
 @functools.cache

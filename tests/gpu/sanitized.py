@@ -1,0 +1,34 @@
+"""Every kernel over small calls with edges, for compute-sanitizer: ``python -m tests.gpu.sanitized``."""
+
+from __future__ import annotations
+
+import torch
+
+from specc.lowerings import REGISTRY, unified_attention
+from tests.attention_cases import Case, build
+
+BF16 = torch.bfloat16
+ATTENTION = (
+    Case(lens=(1, 513, 0, 64, 2049), blocks=(1, 8, 0, 5, 16), dtype=BF16, page=64),
+    Case(lens=(700, 16), blocks=(1, 1), dtype=BF16, page=1, group=8, key_dim=128, value_dim=128),
+    Case(lens=(700, 16), blocks=(4, 3), dtype=torch.float32, page=128, window=100, sinks=True),
+    Case(lens=(300, 2), blocks=(8, 2), dtype=torch.float16, key_dim=192, value_dim=128, softcap=5.0),
+    Case(lens=(300, 2), blocks=(8, 2), dtype=BF16, key_dim=80, value_dim=80, group=7, spare_pages=0),
+    Case(lens=(300, 2), blocks=(300, 2), dtype=BF16, key_dim=256, value_dim=256, group=1),
+    Case(lens=(5000, 16), blocks=(8, 1), dtype=BF16, fp8=True, key_dim=128, value_dim=128, spare_pages=0),
+)
+
+
+def main() -> None:
+    for case in ATTENTION:
+        unified_attention(*build(case, "cuda"))
+    for op in REGISTRY.values():
+        call = op.sample("cuda")
+        for provider in op.providers:
+            if provider.name == "triton" and provider.supports(*call) is None:
+                provider.run(*call)
+    torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main()
