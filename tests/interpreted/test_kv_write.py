@@ -34,7 +34,7 @@ def slots_of(draw: st.DrawFn, num_slots: int) -> Tensor:
     return torch.tensor(draw(clamped))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_the_pool_is_the_references_bit_by_bit(data: st.DataObject) -> None:
     draw = data.draw
