@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         UnsupportedError,
     )
     from specc.options import Options
+    from specc.verify_calls import commit
 
 __version__ = "0.1.0"
 
@@ -38,6 +39,7 @@ _MEMBERS = {
     ),
     "specc.dropin": ("SpeccOutput", "attach", "detach", "generate"),
     "specc.options": ("Options",),
+    "specc.verify_calls": ("commit",),
 }
 _HOMES = {name: module for module, names in _MEMBERS.items() for name in names}
 
@@ -54,6 +56,7 @@ __all__ = [
     "UnsupportedError",
     "__version__",
     "attach",
+    "commit",
     "detach",
     "generate",
 ]

@@ -8,12 +8,16 @@ from typing import Any
 
 from torch.fx import GraphModule
 
+from specc import compat, leaves
 from specc.errors import OptionError
 from specc.pipeline import compile_graph, parse_options
 
 
 class SpeccBackend:
     """The backend object: callable as torch wants it, and reset by ``torch.compiler.reset()``."""
+
+    # Read while capturing: recurrences stay single nodes for this backend and no other.
+    captures_leaves = True
 
     def __call__(
         self,
@@ -41,3 +45,5 @@ class SpeccBackend:
 
 
 specc = SpeccBackend()
+# A model may be imported after this module, but not after its first capture.
+compat.before_each_capture(leaves.install)

@@ -9,6 +9,7 @@ import contextlib
 import copy
 import inspect
 import itertools
+import sys
 import sysconfig
 import types
 import weakref
@@ -239,6 +240,44 @@ def user_line(error: Exception) -> str:
         return "unknown source"
     frame = stack[-1]
     return f"{frame.filename}:{frame.lineno}: {frame.line}"
+
+
+def captured_for_specc() -> bool:
+    """Whether Dynamo is capturing the caller for a backend that wants leaves whole (``captures_leaves``).
+
+    Traced code gets the answer as a constant. Dynamo keeps graphs apart by backend, so it needs no guard.
+    """
+    dynamo = sys.modules.get("torch._dynamo.symbolic_convert")
+    translator = getattr(dynamo.tls, "current_tx", None) if dynamo is not None else None
+    backend = translator.output.compiler_fn if translator is not None else None
+    while backend is not None:
+        if getattr(backend, "captures_leaves", False):
+            return True
+        # Debug wrappers and torch.compile's own stand around a named backend.
+        backend = getattr(backend, "_torchdynamo_orig_backend", getattr(backend, "compiler_fn", None))
+    return False
+
+
+# What torch.compiler.assume_constant_result sets; calling it would import Dynamo.
+captured_for_specc._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def before_each_capture(action: Callable[[], None]) -> None:
+    """Call ``action`` before Dynamo looks at a function, whatever the backend, for as long as Python runs."""
+    from torch._dynamo.callback import callback_handler
+
+    forget = callback_handler.clear
+
+    def remember() -> None:
+        callback_handler.register_start_callback(lambda _: action())
+
+    def clear() -> None:
+        forget()
+        remember()
+
+    remember()
+    # torch.compiler.reset() forgets all callbacks.
+    callback_handler.clear = clear  # type: ignore[method-assign]
 
 
 def compile_id() -> str:

@@ -21,6 +21,14 @@ def _is_optional_str(value: object) -> bool:
     return value is None or isinstance(value, str)
 
 
+def _is_mode(value: object) -> bool:
+    return value in (None, "verify")
+
+
+def _is_commit(value: object) -> bool:
+    return value in ("replay", "snapshot")
+
+
 def _is_names(value: object) -> bool:
     return isinstance(value, list | tuple) and all(isinstance(name, str) for name in value)
 
@@ -52,6 +60,14 @@ class Options:
     ``dump``: a folder for graph dumps; None takes ``SPECC_DUMP`` from the environment, if set.
 
     ``max_autotune``: let Inductor time its candidate kernels (longer compiles).
+
+    ``mode``: "verify" leaves recurrent states as they are; ``specc.commit`` then takes over as many of the
+    block's tokens as were right. Not ``torch.compile(mode=...)``, which may be given beside it.
+
+    ``state_commit``: how that is done. "replay" keeps what each token adds to a state and adds it again;
+    "snapshot" keeps the state after each token and copies one.
+
+    ``exact``: recurrent layers sum in one order, so that a token's bits do not depend on its block.
     """
 
     inductor: bool | None = _option(
@@ -63,6 +79,11 @@ class Options:
     )
     dump: str | None = _option(None, _is_optional_str, "a folder or None", "where to write graph dumps")
     max_autotune: bool = _option(False, _is_bool, "True or False", "let Inductor time candidate kernels")
+    mode: str | None = _option(None, _is_mode, "'verify' or None", "leave recurrent states to specc.commit")
+    state_commit: str = _option(
+        "replay", _is_commit, "'replay' or 'snapshot'", "how recurrent states are committed"
+    )
+    exact: bool = _option(False, _is_bool, "True or False", "recurrent layers sum in one order")
 
     @classmethod
     def parse(cls, options: Options | Mapping[str, Any] | None) -> Options:

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from specc import compat
+from specc import compat, verify_calls
 from specc.errors import OptionError, UnsupportedError
 from specc.lowerings.devices import device_kind
 from specc.lowerings.framework import REGISTRY
 from specc.options import Options
-from specc.passes import PASSES, passes_at
+from specc.passes import PASSES, passes_at, state_commit
 from specc.passes.framework import Level, Observer, PassContext, run_passes
 from specc.report import check_dump_folder, dump_folder, observers_for
 
@@ -52,9 +52,12 @@ def compile_graph(
     patches = _config_patches(options, mode)
     observers = observers_for(options)
     _run_level("dynamo", gm, context, observers)
+    records = state_commit.records_of(gm)
     if _wants_inductor(options, example_inputs):
-        return _through_inductor(gm, example_inputs, context, observers, patches)
-    return _as_captured(gm, example_inputs, context, observers)
+        compiled = _through_inductor(gm, example_inputs, context, observers, patches)
+    else:
+        compiled = _as_captured(gm, example_inputs, context, observers)
+    return compiled if records is None else verify_calls.recording(compiled, records)
 
 
 def _through_inductor(

@@ -8,12 +8,14 @@ from specc.passes import (
     greedy_select,
     lower_linear,
     prune_logits,
+    state_commit,
     verify_attention,
 )
 from specc.passes.framework import Level, Pass, PassContext, PassResult, Remark
 
 PASSES: tuple[Pass, ...] = (
     canonicalize.PASS,
+    state_commit.PASS,
     verify_attention.PASS,
     choose_providers.ON_DYNAMO,
     greedy_select.PASS,

@@ -31,7 +31,9 @@ IN_PLACE_OPERATORS = frozenset(
 # Files that stand between a line of the user's model and the operator it led to.
 PLUMBING = (
     str(Path(__file__).parents[1] / "lowerings"),
+    str(Path(__file__).parents[1] / "leaves.py"),
     str(Path(__file__).parents[1] / "runtime" / "cache.py"),
+    str(Path(__file__).parents[1] / "runtime" / "recurrent.py"),
     str(Path("transformers", "cache_utils.py")),
     str(Path("transformers", "integrations", "sdpa_attention.py")),
 )

@@ -70,13 +70,14 @@ def compiled(
     *calls: Sequence[Any],
     passes: Sequence[Pass] = PASSES,
     dynamic: bool | None = None,
+    options: Options | None = None,
 ) -> list[Run]:
     """Compile ``fn``, run it on each of ``calls`` and compare results and arguments with eager."""
     runs: list[Run] = []
 
     def backend(gm: GraphModule, inputs: list[Any]) -> Any:
         before = GraphModule(gm, copy.deepcopy(gm.graph))
-        runs.append(Run(before, gm, run_passes(gm, passes, PassContext(Options()))))
+        runs.append(Run(before, gm, run_passes(gm, passes, PassContext(options or Options()))))
         return AsItSays(gm).run
 
     torch.compiler.reset()
