@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specc import compat
+from specc import compat, leaves
 from specc.errors import InputError, UnsupportedError
 from specc.runtime.masks import MaskPlan
 
@@ -18,6 +18,9 @@ DRAFTS = "draft='ngram' (prompt lookup) or draft=<a causal LM of the same vocabu
 
 # kv_dtype -> the dtype of the pool; None takes the model's.
 KV_DTYPES: dict[str | None, torch.dtype | None] = {None: None, "fp8": torch.float8_e4m3fn}
+
+# state_dtype -> the dtype of recurrent states.
+STATE_DTYPES: dict[str | None, torch.dtype] = {None: torch.float32, "bf16": torch.bfloat16}
 
 Wrong = Callable[[Any], bool]
 
@@ -78,7 +81,15 @@ REFUSED_ARGUMENTS: dict[str, str] = {
 
 # What GenerationMixin.generate adds to the model's arguments by itself.
 PREPARED_ARGUMENTS = frozenset(
-    {"attention_mask", "position_ids", "logits_to_keep", "past_key_values", "use_cache", "cache_position"}
+    {
+        "attention_mask",
+        "position_ids",
+        "logits_to_keep",
+        "past_key_values",
+        "cache_params",
+        "use_cache",
+        "cache_position",
+    }
 )
 
 
@@ -110,18 +121,32 @@ def check_model(model: Any, what: str = "the model") -> None:
         raise InputError(f"{what} is spread over {', '.join(devices)}: move all of it to one device")
     if devices == ["meta"]:
         raise InputError(f"{what} has no weights (device 'meta'): load them first")
-    if compat.is_stateful(model):
-        raise UnsupportedError(
-            f"{what} ({type(model).__name__}) has recurrent layers, whose state specc cannot roll back "
-            f"yet: use the model's own generate"
-        )
-    missing = {"position_ids", "past_key_values"} - set(inspect.signature(model.forward).parameters)
+    _check_recurrence(model, what)
+    takes = set(inspect.signature(model.forward).parameters)
+    # A purely recurrent model counts no positions, and calls its cache by another name.
+    missing = set() if "cache_params" in takes else {"position_ids", "past_key_values"} - takes
     if missing:
         raise UnsupportedError(
             f"{what} ({type(model).__name__}) takes no {' and no '.join(sorted(missing))}, which specc "
             f"needs: use the model's own generate"
         )
     MaskPlan.of(model)
+
+
+def _check_recurrence(model: Any, what: str) -> None:
+    """Recurrent layers, if any, are of a family whose state specc can roll back."""
+    families = leaves.modeling_families(model)
+    wrong = sorted(families & set(leaves.WRONG_WHEN_WARM))
+    if wrong:
+        raise UnsupportedError(
+            f"{what} ({type(model).__name__}) cannot verify several tokens at once in transformers: "
+            f"{leaves.WRONG_WHEN_WARM[wrong[0]]}. Use the model's own generate"
+        )
+    if compat.is_stateful(model) and not families & set(leaves.FAMILIES):
+        raise UnsupportedError(
+            f"{what} ({type(model).__name__}) has recurrent layers, whose state specc cannot roll back "
+            f"yet: use the model's own generate"
+        )
 
 
 def check_draft(draft: Any, model: Any) -> None:
@@ -153,6 +178,11 @@ def check_num_draft_tokens(value: Any) -> None:
             f"num_draft_tokens must be an integer from 1 to {MAX_DRAFT_TOKENS} "
             f"(drafts per step + the bonus token), got {value!r}"
         )
+
+
+def check_state_dtype(value: Any) -> None:
+    if not isinstance(value, str | None) or value not in STATE_DTYPES:
+        raise InputError(f"state_dtype must be 'bf16' or None (float32), got {value!r}")
 
 
 def check_kv_dtype(value: Any) -> None:

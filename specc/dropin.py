@@ -43,6 +43,7 @@ class Settings:
     draft: Any
     num_draft_tokens: int
     kv_dtype: str | None
+    state_dtype: str | None
     options: Options
     compile: bool
 
@@ -55,6 +56,7 @@ def generate(
     draft: Any = None,
     num_draft_tokens: int = 4,
     kv_dtype: str | None = None,
+    state_dtype: str | None = None,
     options: Options | Mapping[str, Any] | None = None,
     compile: bool = True,
     logits_processor: Any = None,
@@ -68,7 +70,8 @@ def generate(
     Takes what the model's ``generate`` takes, and: ``draft``, "ngram" (prompt lookup) or a causal LM
     of the same vocabulary; ``num_draft_tokens`` (D, 1 to 64), the tokens of a verify block: D - 1
     drafts and the bonus token; ``kv_dtype``, "fp8" to keep keys and values as float8_e4m3fn, which halves
-    their memory and changes tokens (None: the model's own dtype); ``options``, see specc.Options;
+    their memory and changes tokens (None: the model's own dtype); ``state_dtype``, "bf16" to keep the
+    states of recurrent layers as bfloat16 (None: float32); ``options``, see specc.Options;
     ``compile=False`` runs the model's forward without capturing it. A generation config's
     ``prefill_chunk_size`` is how many tokens of a prompt are read at once, two at least.
 
@@ -79,7 +82,7 @@ def generate(
     values do not fit into memory, CaptureError if the model's forward cannot be captured.
     """
     model = compat.uncompiled(model)
-    settings = _settings(model, draft, num_draft_tokens, kv_dtype, options, compile)
+    settings = _settings(model, draft, num_draft_tokens, kv_dtype, state_dtype, options, compile)
     if compat.is_prepared(generation_config):
         return _called_by_hf(
             model, inputs, settings, generation_config, logits_processor, stopping_criteria, kwargs
@@ -133,6 +136,7 @@ def attach(
     draft: Any = None,
     num_draft_tokens: int = 4,
     kv_dtype: str | None = None,
+    state_dtype: str | None = None,
     options: Options | Mapping[str, Any] | None = None,
     compile: bool = True,
 ) -> Any:
@@ -145,7 +149,9 @@ def attach(
         raise InputError("this model is attached already: call specc.detach(model) first")
     if "generate" in vars(original):
         raise InputError("this model's generate is replaced by something else: attach would hide that")
-    settings = _settings(compat.uncompiled(model), draft, num_draft_tokens, kv_dtype, options, compile)
+    settings = _settings(
+        compat.uncompiled(model), draft, num_draft_tokens, kv_dtype, state_dtype, options, compile
+    )
     # A bound method, so that a copy of the model speculates with the copy's weights.
     original.generate = types.MethodType(_Attached(settings, type(original).generate), original)
     return model
@@ -183,7 +189,13 @@ def _is_attached(model: Any) -> bool:
 
 
 def _settings(
-    model: Any, draft: Any, num_draft_tokens: Any, kv_dtype: Any, options: Any, compile: Any
+    model: Any,
+    draft: Any,
+    num_draft_tokens: Any,
+    kv_dtype: Any,
+    state_dtype: Any,
+    options: Any,
+    compile: Any,
 ) -> Settings:
     parsed = parse_options(options)
     draft = compat.uncompiled(draft)
@@ -191,9 +203,10 @@ def _settings(
     checks.check_draft(draft, model)
     checks.check_num_draft_tokens(num_draft_tokens)
     checks.check_kv_dtype(kv_dtype)
+    checks.check_state_dtype(state_dtype)
     if not isinstance(compile, bool):
         raise InputError(f"compile must be True or False, got {compile!r}")
-    return Settings(draft, num_draft_tokens, kv_dtype, parsed, compile)
+    return Settings(draft, num_draft_tokens, kv_dtype, state_dtype, parsed, compile)
 
 
 def _effective(
@@ -298,6 +311,7 @@ def _decode(
         compiled=settings.compile,
         prefill_chunk=config.prefill_chunk_size or PREFILL_CHUNK,
         kv_dtype=checks.KV_DTYPES[settings.kv_dtype],
+        state_dtype=checks.STATE_DTYPES[settings.state_dtype],
     )
     sequences, speculation = run(request)
     if config.return_dict_in_generate:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 import specc
 from specc.errors import InputError, OptionError, SpeccError, UnsupportedError
@@ -175,22 +176,29 @@ def test_an_assistant_on_another_device() -> None:
         specc.generate(tiny("llama"), IDS, **{**SPECC, "draft": copy.deepcopy(tiny("llama")).to("meta")})
 
 
-def test_recurrent_models_are_refused_by_name() -> None:
-    from transformers import Mamba2Config, Mamba2ForCausalLM
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": VOCAB}
+HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 32}
+# Model class -> configuration, and what is said of it.
+RECURRENT: dict[str, tuple[dict[str, Any], str]] = {
+    "Mamba": (SMALL, "starts from a zero state"),
+    "FalconMamba": (SMALL, "starts from a zero state"),
+    "Jamba": (SMALL | HEADS | {"use_mamba_kernels": False, "num_experts": 2}, "starts from a zero state"),
+    "RecurrentGemma": (
+        SMALL | HEADS | {"num_hidden_layers": 3, "lru_width": 32, "head_dim": 16},
+        "ignores the state",
+    ),
+    "Rwkv": (SMALL | {"attention_hidden_size": 32, "context_length": 64}, "roll back"),
+}
 
-    config = Mamba2Config(
-        hidden_size=32,
-        num_hidden_layers=1,
-        vocab_size=VOCAB,
-        state_size=8,
-        num_heads=8,
-        head_dim=8,
-        n_groups=1,
-    )
-    model = Mamba2ForCausalLM(config).eval()
-    with pytest.raises(UnsupportedError, match="Mamba2ForCausalLM.* recurrent layers.*own generate"):
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_recurrences_that_cannot_be_verified_are_refused_by_name(name: str) -> None:
+    settings, reason = RECURRENT[name]
+    config = getattr(transformers, f"{name}Config")(**settings)
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    with pytest.raises(UnsupportedError, match=f"the model .{name}ForCausalLM.*{reason}.*own generate"):
         specc.generate(model, IDS, **SPECC, **SETTINGS)
-    with pytest.raises(UnsupportedError, match="draft model .*recurrent"):
+    with pytest.raises(UnsupportedError, match=f"the draft model .{name}.*{reason}"):
         specc.generate(tiny("llama"), IDS, **{**SPECC, "draft": model}, **SETTINGS)
 
 

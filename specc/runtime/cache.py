@@ -15,6 +15,14 @@ from specc.errors import PoolError, UnsupportedError
 from specc.lowerings import kv_write, read_pages
 from specc.lowerings.devices import free_bytes
 from specc.runtime.pages import RESERVED, PageAllocator, Placement, Rows, pages_needed, place, place_rings
+from specc.runtime.recurrent import (
+    RecurrentPlan,
+    RecurrentPools,
+    RecurrentRecorder,
+    RecurrentShape,
+    RecurrentView,
+    memory,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +36,15 @@ class LayerShape:
 
     def bytes_per_token(self, dtype: torch.dtype | None) -> int:
         return self.heads * (self.k_dim + self.v_dim) * (dtype or self.dtype).itemsize
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheShapes:
+    """What a model caches, by layer: keys and values, recurrent states, or both."""
+
+    attention: dict[int, LayerShape]
+    recurrent: dict[int, RecurrentShape]
+    num_layers: int
 
 
 @dataclasses.dataclass
@@ -119,9 +136,19 @@ def _by_token(states: Tensor) -> Tensor:
 class Block(Cache):
     """What a model's forward sees of a PagedCache while it is fed one block."""
 
-    def __init__(self, pools: list[PagedLayer], rows: RowTable, slots: dict[int, Tensor]) -> None:
-        super().__init__(layers=list(pools))
+    def __init__(
+        self,
+        pools: dict[int, PagedLayer],
+        views: dict[int, RecurrentView],
+        num_layers: int,
+        rows: RowTable,
+        slots: dict[int, Tensor],
+    ) -> None:
+        # A layer with both is asked for its keys and values through the cache only.
+        layers: list[Any] = [views.get(index) or pools.get(index) for index in range(num_layers)]
+        super().__init__(layers=layers)
         self._pools = pools
+        self._views = views
         self._rows = rows
         self._slots = slots
 
@@ -131,6 +158,32 @@ class Block(Cache):
         layer = self._pools[layer_idx]
         table = self._rows.req_to_token[layer.window]
         return layer.write(key_states, value_states, self._slots[layer.window], table)
+
+    def update_conv_state(
+        self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any
+    ) -> Tensor:
+        return self._views[layer_idx].inputs(conv_states)
+
+    def update_recurrent_state(
+        self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any
+    ) -> Tensor:
+        self._views[layer_idx].keep(recurrent_states)
+        return recurrent_states
+
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        return None
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        return self._views[layer_idx].state()
+
+    def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
+        return True
+
+    def is_recording_past(self, layer_idx: int) -> bool:
+        return True
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        raise UnsupportedError(_NO_LENGTH)
 
 
 class PagedCache:
@@ -142,19 +195,23 @@ class PagedCache:
 
     def __init__(
         self,
-        shapes: Sequence[LayerShape],
+        shapes: CacheShapes,
         windows: Sequence[int],
         rows: Rows,
         device: torch.device,
         *,
         page_size: int,
         chunk: int,
+        plan: RecurrentPlan,
         dtype: torch.dtype | None = None,
+        drafts: bool = False,
     ) -> None:
         """``windows``: keys a layer sees at most, 0 for all. ``chunk``: the longest block that is ever fed.
 
-        ``dtype``: of the pool, None for the layers' own. Raises PoolError if memory does not suffice.
+        ``dtype``: of the pages, None for the layers' own. ``drafts``: rows run ahead of what is final.
+        Raises PoolError if memory does not suffice.
         """
+        windows = [windows[index] for index in shapes.attention]
         longest = -(-max(rows.reach) // page_size)
         rings = {window: _ring(window, chunk, page_size) for window in set(windows) if window}
         # A ring that is no shorter than the longest row saves nothing.
@@ -162,12 +219,15 @@ class PagedCache:
         pages = {
             window: pages_needed(rows, page_size, rings.get(window, 0)) + RESERVED for window in {0, *kept}
         }
-        self.layers = _allocate(
-            [(shape, window, pages[window]) for shape, window in zip(shapes, kept, strict=True)],
-            page_size,
-            dtype,
-            device,
-        )
+        states = memory(tuple(shapes.recurrent.values()), len(rows.leaders), plan)
+        wanted = [
+            (shape, window, pages[window])
+            for shape, window in zip(shapes.attention.values(), kept, strict=True)
+        ]
+        made = _allocate(wanted, page_size, dtype, device, states)
+        self.layers = dict(zip(shapes.attention, made, strict=True))
+        self._num_layers = shapes.num_layers
+        self._drafts = drafts
         self._placements = {
             window: _place(rows, page_size, rings.get(window, 0), count) for window, count in pages.items()
         }
@@ -181,14 +241,22 @@ class PagedCache:
         self._everyone = _row_table(tables, range(len(rows.leaders)))
         self.rows = self._everyone if len(unique) == len(rows.leaders) else _row_table(tables, unique)
         self.reader_of_row = torch.tensor([unique.index(leader) for leader in rows.leaders], device=device)
+        self.recurrent = RecurrentPools(shapes.recurrent, len(unique), plan, device)
 
     def block(self, positions: Tensor) -> Block:
         """The cache a model is given for tokens at these positions, int64 [B, q]."""
-        return Block(self.layers, self.rows, self.rows.slots(positions))
+        views = {
+            index: RecurrentView(layer, self.recurrent, self.rows.seq_lens)
+            for index, layer in self.recurrent.layers.items()
+        }
+        return Block(self.layers, views, self._num_layers, self.rows, self.rows.slots(positions))
 
-    def share_prompts(self) -> None:
-        """Once the prompts are read: rows with the same prompt get copies of the pages they will write."""
-        for layer in self.layers:
+    def share_prompts(self, prompt_lens: Tensor) -> None:
+        """Once the prompts are read: rows with the same prompt get copies of what they will write.
+
+        From here on the cache is every row's. prompt_lens: int64 [B].
+        """
+        for layer in self.layers.values():
             copies = self._placements[layer.window].copies
             if copies:
                 source, target = torch.tensor(copies, device=self.reader_of_row.device).unbind(1)
@@ -196,6 +264,8 @@ class PagedCache:
                     stored = pages.view(torch.uint8)
                     stored[target] = stored[source]
         self.rows = self._everyone
+        self.rows.seq_lens.copy_(prompt_lens)
+        self.recurrent.spread(self.reader_of_row, self.rows.seq_lens, ahead_of_final=self._drafts)
 
 
 def _ring(window: int, chunk: int, page_size: int) -> int:
@@ -213,10 +283,21 @@ def _allocate(
     page_size: int,
     dtype: torch.dtype | None,
     device: torch.device,
+    states: int,
 ) -> list[PagedLayer]:
-    """Pools of (shape, window, pages). What was allocated is let go of where the rest does not fit."""
+    """Pools of (shape, window, pages), beside ``states`` bytes of recurrent states.
+
+    What was allocated is let go of where the rest does not fit.
+    """
     sizes = [shape.bytes_per_token(dtype) * page_size * pages for shape, _, pages in layers]
     free = free_bytes(device)
+    if free is not None and states > free:
+        raise PoolError(
+            f"the recurrent states need {states / 2**30:.1f} GiB, and {device} has {free / 2**30:.1f}: "
+            f"generate fewer rows at once, or fewer draft tokens"
+        )
+    if free is not None:
+        free -= states
     if free is not None and sum(sizes) > free:
         raise _out_of_memory(layers, sizes, free, device)
     made: list[PagedLayer] = []
@@ -262,12 +343,52 @@ class ShapeRecorder(Cache):
     """Takes down what each layer of a model caches, from a forward of one token."""
 
     def __init__(self, num_layers: int) -> None:
-        super().__init__(layers=[])
-        self.shapes = [LayerShape(0, 0, 0, torch.float32)] * num_layers
+        self._recorders = [RecurrentRecorder() for _ in range(num_layers)]
+        layers: list[Any] = [*self._recorders]
+        super().__init__(layers=layers)
+        self._attention: dict[int, LayerShape] = {}
+
+    @property
+    def shapes(self) -> CacheShapes:
+        recurrent = {
+            index: shape for index, each in enumerate(self._recorders) if (shape := each.shape) is not None
+        }
+        return CacheShapes(dict(sorted(self._attention.items())), recurrent, len(self._recorders))
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         k, v = key_states.shape, value_states.shape
-        self.shapes[layer_idx] = LayerShape(k[1], k[3], v[3], key_states.dtype)
+        self._attention[layer_idx] = LayerShape(k[1], k[3], v[3], key_states.dtype)
         return key_states, value_states
+
+    def update_conv_state(
+        self,
+        conv_states: Tensor,
+        layer_idx: int,
+        state_idx: int = 0,
+        conv_kernel_size: int = 0,
+        **kwargs: Any,
+    ) -> Tensor:
+        self._recorders[layer_idx].convolves(conv_states, conv_kernel_size)
+        return conv_states
+
+    def update_recurrent_state(
+        self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any
+    ) -> Tensor:
+        return recurrent_states
+
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        return None
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        return self._recorders[layer_idx].recurrent_states[0]
+
+    def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
+        return True
+
+    def is_recording_past(self, layer_idx: int) -> bool:
+        return True
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from specc.lowerings import greedy_select
-from specc.runtime.cache import LayerShape, PagedCache, ShapeRecorder
+from specc.runtime.cache import CacheShapes, PagedCache, ShapeRecorder
 from specc.runtime.masks import MaskPlan
 
 
@@ -45,16 +45,17 @@ def prompt_logits(
     return _forward(model, tokens, cache, masks, last_position, **extra)[:, -1]
 
 
-def layer_shapes(model: Any, masks: MaskPlan) -> list[LayerShape]:
-    """What each layer of a model caches of one token."""
+@torch.no_grad()
+def layer_shapes(model: Any, masks: MaskPlan) -> CacheShapes:
+    """What each layer of a model caches."""
     token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
     recorder = ShapeRecorder(model.config.get_text_config().num_hidden_layers)
     model(
         input_ids=token,
         attention_mask=masks.build(token, 1, model.dtype),
-        position_ids=token,
-        past_key_values=recorder,
         use_cache=True,
+        **_cache_argument(model, recorder),
+        **_positions_argument(model, token),
     )
     return recorder.shapes
 
@@ -67,11 +68,30 @@ def _forward(
     # Padding sees its row's first slot: a token that sees nothing would turn into NaN.
     positions = positions.clamp(min=0)
     attention_mask = masks.build(positions, cache.rows.capacity, model.dtype)
-    return model(
+    logits = model(
         input_ids=tokens,
         attention_mask=attention_mask,
-        position_ids=torch.minimum(positions, last_position),
-        past_key_values=block,
         use_cache=True,
+        **_cache_argument(model, block),
+        **_positions_argument(model, torch.minimum(positions, last_position)),
         **extra,
     ).logits
+    cache.recurrent.advance()
+    return logits
+
+
+def _cache_argument(model: Any, cache: Any) -> dict[str, Any]:
+    """The cache, by the name that the model's forward has for it."""
+    name = (
+        "past_key_values"
+        if "past_key_values" in inspect.signature(model.forward).parameters
+        else "cache_params"
+    )
+    return {name: cache}
+
+
+def _positions_argument(model: Any, positions: Tensor) -> dict[str, Tensor]:
+    """Positions, unless the model knows none: a purely recurrent one counts nothing."""
+    return (
+        {"position_ids": positions} if "position_ids" in inspect.signature(model.forward).parameters else {}
+    )

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specc import compat
+from specc import compat, leaves
 from specc.options import Options
-from specc.runtime.cache import LayerShape, PagedCache
+from specc.runtime.cache import CacheShapes, PagedCache
 from specc.runtime.compiled import CompiledForward, GraphKey, compiled_forward
 from specc.runtime.forward import block_logits, layer_shapes, next_draft, prompt_logits
 from specc.runtime.masks import MaskPlan
 from specc.runtime.pages import Rows
+from specc.runtime.recurrent import RecurrentPlan
 
 PREFILL_CHUNK = 512
 PAGE_SIZE = 64
@@ -41,7 +42,8 @@ class BoundModel:
     """A stock model, its rows in a paged cache, and its compiled forwards for prompts and for blocks.
 
     ``compiled=False`` runs the model's own eager forward in the same step. ``chunk``: the most tokens of
-    a prompt that are fed at once. ``kv_dtype``: of the pool; None for the model's.
+    a prompt that are fed at once. ``kv_dtype``: of the pool; None for the model's. ``plan``: how recurrent
+    layers, if there are any, keep their states.
     """
 
     def __init__(
@@ -54,21 +56,26 @@ class BoundModel:
         last_position: int,
         options: Options,
         compiled: bool,
+        plan: RecurrentPlan,
         chunk: int = PREFILL_CHUNK,
         kv_dtype: torch.dtype | None = None,
     ) -> None:
         config, device = model.config.get_text_config(), model.device
         self.model = model
+        leaves.install(leaves.modeling_families(model))
         self._masks = MaskPlan.of(model)
         self._chunk = max(chunk, 2)
+        shapes = _shapes(model, self._masks)
         self.cache = PagedCache(
-            _shapes(model, self._masks),
+            shapes,
             self._masks.windows(config, config.num_hidden_layers),
             rows,
             device,
             page_size=PAGE_SIZE,
             chunk=max(self._chunk, q_len),
+            plan=plan,
             dtype=kv_dtype,
+            drafts=role is DRAFT,
         )
         self._last_position = torch.tensor(last_position, device=device)
         count = len(rows.leaders)
@@ -76,14 +83,17 @@ class BoundModel:
         self._forward: Callable[..., Tensor] = role.function
         self._read: Callable[..., Tensor] = PREFILL.function
         if compiled:
-            self._forward = compiled_forward(model, GraphKey(role.name, q_len, count), role.function, options)
+            options = dataclasses.replace(options, mode=None)
+            block_options = dataclasses.replace(options, mode="verify") if shapes.recurrent else options
+            key = GraphKey(role.name, q_len, count)
+            self._forward = compiled_forward(model, key, role.function, block_options)
             key = GraphKey(PREFILL.name, ANY_LENGTH, len(rows.unique))
             self._read = compiled_forward(model, key, PREFILL.function, options)
 
     def prefill(self, prompts: Tensor, prompt_lens: Tensor) -> Tensor:
         """Read left-padded prompts [B, P] into the empty pool; logits after each prompt, [B, V].
 
-        prompt_lens: int64 [B]. Rows with the same prompt read it once.
+        prompt_lens: int64 [B]. Rows with the same prompt read it once. Where P is 0, so is the size of V.
         """
         cache = self.cache
         readers = torch.zeros_like(cache.rows.seq_lens).scatter_(
@@ -98,9 +108,8 @@ class BoundModel:
         for start, stop in _chunks(prompts.shape[1], self._chunk):
             cache.rows.seq_lens.copy_(start - padding)
             logits = self._read(*self._arguments(_chunk_of(prompts, start, stop)))
-        cache.share_prompts()
-        cache.rows.seq_lens.copy_(prompt_lens)
-        return logits[cache.reader_of_row]
+        cache.share_prompts(prompt_lens)
+        return logits[cache.reader_of_row] if prompts.shape[1] else logits
 
     def warm_up_prefill(self) -> float:
         """Compile the reading of prompts if it is not; seconds. Feeds padding, which no row keeps."""
@@ -126,7 +135,10 @@ class BoundModel:
 
 
 def _chunks(width: int, chunk: int) -> Iterator[tuple[int, int]]:
-    """Cut [0, width) into the fewest pieces of at most ``chunk``, none much shorter than another."""
+    """Cut [0, width) into the fewest pieces of at most ``chunk``, none much shorter than another.
+
+    Nothing is cut into no pieces.
+    """
     count = -(-width // chunk)
     return ((width * i // count, width * (i + 1) // count) for i in range(count))
 
@@ -137,10 +149,10 @@ def _chunk_of(prompts: Tensor, start: int, stop: int) -> Tensor:
     return tokens
 
 
-_SHAPES: weakref.WeakKeyDictionary[Any, dict[torch.dtype, list[LayerShape]]] = weakref.WeakKeyDictionary()
+_SHAPES: weakref.WeakKeyDictionary[Any, dict[torch.dtype, CacheShapes]] = weakref.WeakKeyDictionary()
 
 
-def _shapes(model: Any, masks: MaskPlan) -> list[LayerShape]:
+def _shapes(model: Any, masks: MaskPlan) -> CacheShapes:
     known = _SHAPES.setdefault(model, {})
     if model.dtype not in known:
         known[model.dtype] = layer_shapes(model, masks)

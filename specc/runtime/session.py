@@ -20,6 +20,7 @@ from specc.runtime.drafters.ngram import NGramDrafter
 from specc.runtime.drain import Drain
 from specc.runtime.model import DRAFT, PREFILL_CHUNK, VERIFY, BoundModel
 from specc.runtime.pages import Rows
+from specc.runtime.recurrent import RecurrentPlan
 from specc.runtime.state import DecodeState
 from specc.runtime.step import StepOps, speculative_step
 
@@ -30,7 +31,7 @@ class Request:
 
     prompts: int64 [B, P], left-padded; attention_mask: [B, P], 0 on padding, or None for none.
     draft: "ngram" or a causal LM. eos: int64 [number of EOS ids]; held_ids, held_until: int64 [n], see
-    DecodeState. prefill_chunk, kv_dtype: see BoundModel.
+    DecodeState. prefill_chunk, kv_dtype: see BoundModel. state_dtype: of recurrent states.
     """
 
     model: Any
@@ -49,6 +50,7 @@ class Request:
     compiled: bool
     prefill_chunk: int = PREFILL_CHUNK
     kv_dtype: torch.dtype | None = None
+    state_dtype: torch.dtype = torch.float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,8 +179,19 @@ def _bind(request: Request, model: Any, role: Any, q_len: int, rows: Rows) -> Bo
         last_position=request.prompts.shape[1] + request.max_new_tokens - 1,
         options=request.options,
         compiled=request.compiled,
+        plan=_plan(request),
         chunk=request.prefill_chunk,
         kv_dtype=request.kv_dtype,
+    )
+
+
+def _plan(request: Request) -> RecurrentPlan:
+    return RecurrentPlan(
+        # An assistant feeds one more token than it drafts.
+        ahead=request.num_draft_tokens + 1,
+        snapshots=request.options.state_commit == "snapshot",
+        exact=request.options.exact,
+        dtype=request.state_dtype,
     )
 
 

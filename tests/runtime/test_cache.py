@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from specc.runtime.cache import LayerShape, PagedCache
+from specc.runtime.cache import CacheShapes, LayerShape, PagedCache
 from specc.runtime.pages import Rows
+from specc.runtime.recurrent import RecurrentPlan
 
 FAST = settings(max_examples=60, deadline=None)
 PAGE_SIZES = st.sampled_from([1, 4, 64])
@@ -27,9 +28,9 @@ def pool(
     chunk: int = 4,
     dtype: torch.dtype | None = None,
 ) -> PagedCache:
-    return PagedCache(
-        [SHAPE] * len(windows), windows, rows, CPU, page_size=page_size, chunk=chunk, dtype=dtype
-    )
+    shapes = CacheShapes(dict.fromkeys(range(len(windows)), SHAPE), {}, len(windows))
+    plan = RecurrentPlan(ahead=chunk)
+    return PagedCache(shapes, windows, rows, CPU, page_size=page_size, chunk=chunk, plan=plan, dtype=dtype)
 
 
 def texts(*lens: int) -> list[list[int]]:
@@ -116,7 +117,7 @@ def test_padding_goes_to_the_page_that_no_row_owns(
             assert (table[row, : reach + 40] >= page_size).all(), "a row's slot lies on page 0"
     starts = torch.tensor([data.draw(st.integers(-9, -1)) for _ in lens])
     q_len = data.draw(st.integers(1, 4))
-    for index, layer in enumerate(cache.layers):
+    for index, layer in cache.layers.items():
         slots = cache.rows.slots(starts[:, None] + torch.arange(q_len))[layer.window]
         padding = (starts[:, None] + torch.arange(q_len) < 0).flatten()
         assert (slots[padding] == 0).all()
@@ -172,10 +173,10 @@ def test_a_short_row_beside_a_long_one_has_a_ring_of_its_own() -> None:
 def test_windows_have_tables_and_pools_of_their_own() -> None:
     """Rings that are no shorter than the longest row are plain pages."""
     cache = pool(Rows.of(texts(5, 60), beyond=4), 4, (0, 3, 6, 500, 0), chunk=4)
-    assert [layer.window for layer in cache.layers] == [0, 3, 6, 0, 0]
+    assert [layer.window for layer in cache.layers.values()] == [0, 3, 6, 0, 0]
     assert set(cache.rows.req_to_token) == {0, 3, 6}
     assert {table.shape for table in cache.rows.req_to_token.values()} == {(2, cache.rows.capacity)}
-    sizes = [layer.keys.shape[0] for layer in cache.layers]
+    sizes = [layer.keys.shape[0] for layer in cache.layers.values()]
     assert sizes[0] == sizes[3] == sizes[4]
     assert sizes[1] <= sizes[2] < sizes[0]
 
@@ -200,7 +201,7 @@ def test_rows_with_the_same_prompt(page_size: int, fp8: bool, data: st.DataObjec
         starts = torch.tensor([start - 20 + lens[kind] for kind in first])
         for each in prompts:
             each.write(starts, chunk)
-    cache.share_prompts()
+    cache.share_prompts(torch.tensor(rows.prompt_lens))
     assert len(cache.rows.seq_lens) == len(chosen)
 
     everyone = [Written(cache, layer, dtype or torch.float32) for layer in (0, 1)]
@@ -263,4 +264,4 @@ def test_a_table_is_never_a_single_page_long(reach: int, capacity: int) -> None:
 def test_a_table_of_short_rows_has_rings_only_where_they_save_pages() -> None:
     """The table's least width is no reason for a ring."""
     cache = pool(Rows.of(texts(1), beyond=2), 4, (1,), chunk=1)
-    assert [layer.window for layer in cache.layers] == [0]
+    assert [layer.window for layer in cache.layers.values()] == [0]

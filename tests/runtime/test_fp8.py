@@ -50,7 +50,7 @@ def test_the_pools_of_model_and_assistant_are_float8(monkeypatch: pytest.MonkeyP
 
     def recorded(self: PagedCache, *args: Any, **kwargs: Any) -> None:
         init(self, *args, **kwargs)
-        dtypes.extend(pages.dtype for layer in self.layers for pages in layer.pools)
+        dtypes.extend(pages.dtype for layer in self.layers.values() for pages in layer.pools)
 
     monkeypatch.setattr(PagedCache, "__init__", recorded)
     draft = noisy_copy("llama")

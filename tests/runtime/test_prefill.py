@@ -75,7 +75,7 @@ def layers(monkeypatch: pytest.MonkeyPatch) -> list[PagedLayer]:
 
     def recorded(self: PagedCache, *args: Any, **kwargs: Any) -> None:
         init(self, *args, **kwargs)
-        made.extend(self.layers)
+        made.extend(self.layers.values())
 
     monkeypatch.setattr(PagedCache, "__init__", recorded)
     return made

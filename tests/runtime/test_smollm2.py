@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -60,9 +61,15 @@ def batches(smollm2: tuple[Any, Any]) -> dict[int, tuple[dict[str, torch.Tensor]
     return found
 
 
-@pytest.mark.parametrize("num_draft_tokens", [2, 4, 8])
-@pytest.mark.parametrize("kind", ["ngram", "assistant"])
-@pytest.mark.parametrize("rows", [1, 4])
+# Every size of block, both drafts and both batches, but not every product of them.
+SAMPLE = ((1, "ngram", 2), (1, "assistant", 4), (4, "ngram", 8), (4, "assistant", 8))
+TABLE = [
+    pytest.param(*case, marks=() if case in SAMPLE else pytest.mark.exhaustive)
+    for case in itertools.product((1, 4), ("ngram", "assistant"), (2, 4, 8))
+]
+
+
+@pytest.mark.parametrize(("rows", "kind", "num_draft_tokens"), TABLE)
 def test_tokens_equal_plain_decoding(
     rows: int, kind: str, num_draft_tokens: int, smollm2: Any, assistant: Any, batches: Any
 ) -> None:

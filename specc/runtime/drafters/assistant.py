@@ -23,7 +23,8 @@ class AssistantDrafter:
         self._num_drafts = num_drafts
 
     def prefill(self, prompts: Tensor, prompt_lens: Tensor) -> None:
-        self._assistant.prefill(prompts, prompt_lens)
+        # Without the last token, which the first draft feeds: a recurrent state cannot forget it again.
+        self._assistant.prefill(prompts[:, :-1], prompt_lens - 1)
 
     def warm_up_prefill(self) -> float:
         return self._assistant.warm_up_prefill()
@@ -32,8 +33,10 @@ class AssistantDrafter:
         return self._assistant.warm_up()
 
     def propose(self, state: DecodeState) -> Tensor:
-        seq_lens = self._assistant.cache.rows.seq_lens
+        cache = self._assistant.cache
+        seq_lens = cache.rows.seq_lens
         seq_lens.copy_(state.text_lens - FED)
+        cache.recurrent.final_lens.copy_(seq_lens)
         fed = state.last_tokens(FED)
         drafts = [fed[:, :0]]
         for _ in range(self._num_drafts):

@@ -1,0 +1,311 @@
+"""Recurrent layers in specc's cache: a checkpoint of each row's state, and what came since.
+
+A state cannot be cut back the way keys and values can. So a layer keeps the state as of some earlier token
+(the checkpoint, at position ``base``) and rings that hold, at each position modulo their size, what that
+token adds. Where a row stands is its length alone: committing a block is counting it, for all layers
+at once, and tokens that were not committed are written over. The rule by which checkpoints move is in
+``specc.lowerings.gated_delta_rule_replay``.
+Source: ReplaySSM (Dao AI Lab, 2026: cache a state's inputs instead of its versions).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specc import leaves
+from specc.lowerings import (
+    conv_inputs,
+    gated_delta_rule,
+    gated_delta_rule_replay,
+    gated_delta_rule_snapshot,
+    recurrent_state,
+    ssd,
+    ssd_replay,
+    ssd_snapshot,
+)
+
+# Final tokens after which a checkpoint moves.
+FLUSH_EVERY = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvShape:
+    """A causal convolution of ``width`` taps over ``channels`` inputs of ``dtype``."""
+
+    channels: int
+    width: int
+    dtype: torch.dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class StateShape:
+    """A recurrence: its state per row, and per token what each of its records holds."""
+
+    state: tuple[int, ...]
+    records: tuple[tuple[tuple[int, ...], torch.dtype], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class RecurrentShape:
+    """What a layer keeps besides keys and values. ``state`` is None for layers that only convolve."""
+
+    conv: ConvShape
+    state: StateShape | None
+
+    def bytes_per_row(self, plan: RecurrentPlan) -> int:
+        conv = self.conv.channels * plan.conv_ring(self.conv.width) * self.conv.dtype.itemsize
+        if self.state is None:
+            return conv
+        size = torch.Size(self.state.state).numel() * plan.dtype.itemsize
+        if plan.snapshots:
+            return conv + size * (plan.snapshot_ring + 1)
+        per_token = sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in self.state.records)
+        return conv + size + per_token * plan.ring
+
+
+@dataclasses.dataclass(frozen=True)
+class RecurrentPlan:
+    """How recurrent layers are kept. ``ahead``: the most tokens fed beyond a row's final ones.
+
+    ``snapshots``: the state after each token in the place of records. ``dtype``: of states.
+    """
+
+    ahead: int
+    flush_every: int = FLUSH_EVERY
+    snapshots: bool = False
+    exact: bool = False
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def ring(self) -> int:
+        """Records to hold: what has not been flushed, one more step's tokens, and those fed ahead."""
+        return self.flush_every - 1 + 2 * self.ahead
+
+    @property
+    def snapshot_ring(self) -> int:
+        return 2 * self.ahead + 1
+
+    def conv_ring(self, width: int) -> int:
+        return width - 1 + 2 * self.ahead
+
+
+class RecurrentLayer:
+    """One layer's buffers for B rows. ``state`` is None where the layer only convolves.
+
+    conv: [B, R, channels]; state: [B, ...]; rings: one [B, R, ...] for each record, or, where snapshots are
+    kept, ``snapshots`` [B, R, ...].
+    """
+
+    def __init__(self, shape: RecurrentShape, rows: int, plan: RecurrentPlan, device: torch.device) -> None:
+        self.shape = shape
+        self._plan = plan
+        conv = shape.conv
+        self.conv = torch.zeros(
+            rows, plan.conv_ring(conv.width), conv.channels, dtype=conv.dtype, device=device
+        )
+        self.state: Tensor | None = None
+        self.rings: list[Tensor] = []
+        self.snapshots: Tensor | None = None
+        if shape.state is not None:
+            self.state = torch.zeros(rows, *shape.state.state, dtype=plan.dtype, device=device)
+
+    def spread(self, rows: Tensor, seq_lens: Tensor) -> None:
+        """Once prompts are read: row b continues what row ``rows[b]`` has read. seq_lens: int64 [B]."""
+        self.conv = self.conv[rows]
+        if self.state is None:
+            return
+        assert self.shape.state is not None
+        self.state = self.state[rows]
+        count = len(rows)
+        if self._plan.snapshots:
+            ring = self._plan.snapshot_ring
+            self.snapshots = self.state.new_zeros(count, ring, *self.state.shape[1:])
+            self.snapshots[torch.arange(count, device=rows.device), (seq_lens - 1) % ring] = self.state
+        else:
+            self.rings = [
+                torch.zeros(count, self._plan.ring, *shape, dtype=dtype, device=self.state.device)
+                for shape, dtype in self.shape.state.records
+            ]
+
+
+class RecurrentPools:
+    """The recurrent layers of a cache, and how far each row's checkpoints reach.
+
+    base: int64 [B], tokens that the checkpoints include. final_lens: int64 [B], tokens that will stay; the
+    target's are its rows' lengths, a drafter's are behind them.
+    """
+
+    def __init__(
+        self,
+        shapes: Mapping[int, RecurrentShape],
+        rows: int,
+        plan: RecurrentPlan,
+        device: torch.device,
+    ) -> None:
+        self.plan = plan
+        self.layers = {index: RecurrentLayer(shape, rows, plan, device) for index, shape in shapes.items()}
+        self.reading = True
+        self.base = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.final_lens = self.base
+
+    def spread(self, rows: Tensor, seq_lens: Tensor, *, ahead_of_final: bool) -> None:
+        """Once prompts are read, see RecurrentLayer.spread. ``seq_lens``: the rows' own tensor.
+
+        ahead_of_final: lengths will run ahead of what is final, so that final lengths are kept apart.
+        """
+        for layer in self.layers.values():
+            layer.spread(rows, seq_lens)
+        self.base = seq_lens.clone()
+        self.final_lens = seq_lens.clone() if ahead_of_final else seq_lens
+        self.reading = False
+
+    def advance(self) -> None:
+        """After all layers of a forward: count what their checkpoints took in at its start."""
+        if not self.reading and not self.plan.snapshots:
+            every = self.plan.flush_every
+            self.base.add_((self.final_lens - self.base) // every * every)
+
+
+class RecurrentView:
+    """What a model's forward sees of a recurrent layer while it is fed one block.
+
+    Stands in for ``transformers.cache_utils.LinearAttentionLayer``. It seems to record the past, because
+    that has models convolve over what ``update_conv_state`` returns, whatever the block's length.
+    """
+
+    record_past = True
+
+    def __init__(self, layer: RecurrentLayer, pools: RecurrentPools, seq_lens: Tensor) -> None:
+        self._layer = layer
+        self._pools = pools
+        self._seq_lens = seq_lens
+        self.has_previous_state = {0: True}
+        self.conv_states = {0: None}
+
+    @property
+    def recurrent_states(self) -> dict[int, Tensor | None]:
+        return {0: self.state()}
+
+    def inputs(self, x: Tensor) -> Tensor:
+        """The inputs [B, C, q] of a convolution behind those before it: [B, C, width - 1 + q]."""
+        layer = self._layer
+        inputs = conv_inputs(x, layer.conv, self._seq_lens, None, layer.shape.conv.width)
+        if self._pools.reading and not torch.compiler.is_compiling():
+            at = self._seq_lens[:, None] + torch.arange(x.shape[-1], device=x.device)
+            leaves.mark_padding(inputs, at < 0)
+        return inputs
+
+    def state(self) -> Tensor | None:
+        """The state a block starts from: the plain one while prompts are read, later a stand-in."""
+        layer, pools = self._layer, self._pools
+        if layer.state is None or pools.reading:
+            return layer.state
+        if not torch.compiler.is_compiling():
+            return leaves.hand_over(self, layer.state)
+        pool = layer.state if layer.snapshots is None else layer.snapshots
+        plan = pools.plan
+        return recurrent_state(
+            pool, layer.rings, pools.base, self._seq_lens, pools.final_lens, plan.flush_every, plan.exact
+        )
+
+    def keep(self, state: Tensor | None) -> None:
+        """Take over the state after a block; only while prompts are read, for else it may not stay."""
+        if self._pools.reading and state is not None:
+            assert self._layer.state is not None
+            self._layer.state.copy_(state)
+
+    def gated_delta_rule(self, *args: Any) -> tuple[Tensor, None]:
+        """``leaves.Recurrence``: an eager block. args: q, k, v, g, beta, scale, l2norm."""
+        *tensors, scale, l2norm = args
+        if self._pools.plan.snapshots:
+            out, states = gated_delta_rule_snapshot(*tensors, self._last_snapshot(), None, scale, l2norm)
+            self._keep_snapshots(states)
+            return out, None
+        state, *lengths, every, exact = self._checkpoint()
+        return gated_delta_rule_replay(
+            *tensors, state, *self._layer.rings, *lengths, None, scale, l2norm, every, exact
+        ), None
+
+    def ssd(self, *args: Any) -> tuple[Tensor, None]:
+        """``leaves.Recurrence``: an eager block. args: x, dt, A, B, C, D, dt_bias, softplus, limits."""
+        tensors, limits = args[:7], args[7:]
+        if self._pools.plan.snapshots:
+            out, states = ssd_snapshot(*tensors, self._last_snapshot(), None, *limits)
+            self._keep_snapshots(states)
+            return out, None
+        state, *lengths, every, exact = self._checkpoint()
+        return ssd_replay(*tensors, state, *self._layer.rings, *lengths, None, *limits, every, exact), None
+
+    def _checkpoint(self) -> tuple[Any, ...]:
+        pools = self._pools
+        plan = pools.plan
+        lengths = (pools.base, self._seq_lens, pools.final_lens)
+        return self._layer.state, *lengths, plan.flush_every, plan.exact
+
+    def _last_snapshot(self) -> Tensor:
+        snapshots = self._layer.snapshots
+        assert snapshots is not None
+        rows = torch.arange(snapshots.shape[0], device=snapshots.device)
+        return snapshots[rows, (self._seq_lens - 1) % snapshots.shape[1]]
+
+    def _keep_snapshots(self, states: Tensor) -> None:
+        snapshots = self._layer.snapshots
+        assert snapshots is not None
+        rows = torch.arange(snapshots.shape[0], device=snapshots.device)
+        tokens = torch.arange(states.shape[1], device=snapshots.device)
+        snapshots[rows[:, None], (self._seq_lens[:, None] + tokens) % snapshots.shape[1]] = states
+
+
+class RecurrentRecorder:
+    """Stands in for a layer while the shapes of its convolution and recurrence are taken down."""
+
+    record_past = True
+
+    def __init__(self) -> None:
+        self.conv: ConvShape | None = None
+        self.recurrence: StateShape | None = None
+        self.has_previous_state = {0: True}
+        self.conv_states = {0: None}
+
+    @property
+    def recurrent_states(self) -> dict[int, Tensor]:
+        return {0: leaves.hand_over(self, torch.empty(0))}
+
+    @property
+    def shape(self) -> RecurrentShape | None:
+        return None if self.conv is None else RecurrentShape(self.conv, self.recurrence)
+
+    def convolves(self, inputs: Tensor, width: int) -> None:
+        self.conv = ConvShape(inputs.shape[1], width, inputs.dtype)
+
+    def gated_delta_rule(self, *args: Any) -> tuple[Tensor, None]:
+        q, k, v, g, beta, scale, l2norm = args
+        heads, width = k.shape[2:]
+        value_heads, value_width = v.shape[2:]
+        records = (
+            ((heads, width), k.dtype),
+            ((value_heads, value_width), torch.float32),
+            ((value_heads,), torch.float32),
+        )
+        self.recurrence = StateShape((value_heads, width, value_width), records)
+        return gated_delta_rule(q, k, v, g, beta, None, scale, l2norm)[0], None
+
+    def ssd(self, *args: Any) -> tuple[Tensor, None]:
+        x, _, _, b = args[:4]
+        records = (
+            (tuple(x.shape[2:]), x.dtype),
+            (tuple(b.shape[2:]), b.dtype),
+            ((x.shape[2],), torch.float32),
+        )
+        self.recurrence = StateShape((*x.shape[2:], b.shape[-1]), records)
+        return ssd(*args[:7], None, *args[7:])[0], None
+
+
+def memory(shapes: Sequence[RecurrentShape], rows: int, plan: RecurrentPlan) -> int:
+    """Bytes of the pools of these layers."""
+    return rows * sum(shape.bytes_per_row(plan) for shape in shapes)

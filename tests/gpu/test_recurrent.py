@@ -1,0 +1,78 @@
+"""Models with recurrent layers on a CUDA device: tokens, and that nothing drifts over thousands of them."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+import specc
+from specc.runtime import step
+from tests.recurrent import FAMILIES, build, prompt, tiny
+from tests.runtime.test_recurrent_equality import inputs, noisy_copy
+
+NEW_TOKENS = 64
+
+
+@pytest.fixture(autouse=True)
+def _exact_products() -> Any:
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+def speculate(model: Any, given: dict[str, torch.Tensor], draft: Any, **settings: Any) -> Any:
+    settings = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "num_draft_tokens": 4, **settings}
+    return specc.generate(model, **given, draft=draft, return_dict_in_generate=True, **settings)
+
+
+@pytest.mark.parametrize("settings", [{"compile": False}, {"options": {"inductor": False}}, {}])
+@pytest.mark.parametrize("lowering", ["replay", "snapshot"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tokens_equal_plain_decoding(
+    family: str, lowering: str, settings: dict[str, Any], fresh_compiler: None
+) -> None:
+    if settings == {} and family not in ("qwen3_5", "mamba2", "lfm2"):
+        pytest.skip("Inductor is tried on one family of each kind")
+    model, draft = copy.deepcopy(tiny(family)).cuda(), copy.deepcopy(noisy_copy(family)).cuda()
+    given = {name: value.cuda() for name, value in inputs(4).items()}
+    settings = {**settings, "options": {"state_commit": lowering, **settings.get("options", {})}}
+    expected = model.generate(**given, max_new_tokens=NEW_TOKENS, do_sample=False)
+    for each in (draft, "ngram"):
+        assert torch.equal(speculate(model, given, each, **settings).sequences, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "exact"), [("qwen3_5", False), ("qwen3_5", True), ("bamba", False)])
+def test_nothing_drifts_over_4000_tokens_in_bfloat16(
+    family: str, exact: bool, monkeypatch: pytest.MonkeyPatch, fresh_compiler: None
+) -> None:
+    """Acceptance and repetition of each thousand tokens are those of the others."""
+    model = build(family, max_position_embeddings=8192).to("cuda", torch.bfloat16)
+    draft = copy.deepcopy(model)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in draft.parameters():
+            parameter.add_(0.02 * parameter.std() * torch.randn_like(parameter) if parameter.dim() > 1 else 0)
+    ids = prompt(2, 12).cuda()
+    steps: list[torch.Tensor] = []
+    monkeypatch.setattr(step, "count_step", lambda state, correct: steps.append(correct.clone()))
+    output = speculate(
+        model,
+        {"input_ids": ids, "attention_mask": torch.ones_like(ids)},
+        draft,
+        max_new_tokens=4000,
+        options={"exact": exact},
+    )
+    thousands = output.sequences[:, 12:].view(2, 4, 1000)
+    variety = [
+        each.unfold(1, 4, 1).reshape(-1, 4).unique(dim=0).shape[0] / 1994 for each in thousands.unbind(1)
+    ]
+    per_step = torch.stack(steps).float() + 1
+    quarters = [float(each.mean()) for each in per_step[: len(per_step) * 9 // 10].chunk(4)]
+    print(f"{family} exact={exact}: accepted per step {quarters}, distinct 4-grams {variety}")
+    assert min(quarters) > 0.85 * max(quarters)
+    assert min(variety) > 0.85 * max(variety)
