@@ -76,6 +76,7 @@ REFUSED_ARGUMENTS: dict[str, str] = {
     "custom_generate": "specc.generate is the custom_generate: leave it out",
     "inputs_embeds": "specc needs token ids: pass input_ids",
     "past_key_values": "specc keeps a cache of its own: pass the whole text as input_ids",
+    "cache_params": "specc keeps a cache of its own: pass the whole text as input_ids",
     "position_ids": "positions follow from attention_mask: leave position_ids out",
 }
 

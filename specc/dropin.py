@@ -323,9 +323,19 @@ def _check_model_kwargs(model_kwargs: Mapping[str, Any]) -> None:
     for name, value in model_kwargs.items():
         if name not in checks.PREPARED_ARGUMENTS and value is not None:
             raise UnsupportedError(f"{name} is not passed on to the model by specc: leave it out")
-    cache = model_kwargs.get("past_key_values")
-    if cache is not None and cache.get_seq_length() > 0:
-        raise UnsupportedError(f"past_key_values: {checks.REFUSED_ARGUMENTS['past_key_values']}")
+    for name in ("past_key_values", "cache_params"):
+        if model_kwargs.get(name) is not None and _holds_text(model_kwargs[name]):
+            raise UnsupportedError(f"{name}: {checks.REFUSED_ARGUMENTS[name]}")
+
+
+def _holds_text(cache: Any) -> bool:
+    """Whether a cache has been fed; generate hands over one that has not."""
+    return any(
+        any(layer.has_previous_state.values())
+        if hasattr(layer, "has_previous_state")
+        else layer.get_seq_length() > 0
+        for layer in cache.layers
+    )
 
 
 def _held_back(processors: Any, prompt_length: int, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -34,6 +34,7 @@ REFUSED = {
     "no_repeat_ngram_size": 2,
     "assistant_model": tiny("llama"),
     "past_key_values": object(),
+    "cache_params": object(),
     "inputs_embeds": torch.zeros(1, 3, 32),
     "position_ids": torch.arange(12)[None],
     "prefix_allowed_tokens_fn": lambda batch, ids: [1],

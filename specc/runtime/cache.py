@@ -133,7 +133,23 @@ def _by_token(states: Tensor) -> Tensor:
     return states.transpose(1, 2).flatten(0, 1)
 
 
-class Block(Cache):
+class WarmCache(Cache):
+    """A cache whose recurrent layers go on from a state, by way of ``update_conv_state`` whatever is fed."""
+
+    def __init__(self, layers: list[Any]) -> None:
+        super().__init__(layers=layers)
+
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        return None
+
+    def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
+        return True
+
+    def is_recording_past(self, layer_idx: int) -> bool:
+        return True
+
+
+class Block(WarmCache):
     """What a model's forward sees of a PagedCache while it is fed one block."""
 
     def __init__(
@@ -145,8 +161,7 @@ class Block(Cache):
         slots: dict[int, Tensor],
     ) -> None:
         # A layer with both is asked for its keys and values through the cache only.
-        layers: list[Any] = [views.get(index) or pools.get(index) for index in range(num_layers)]
-        super().__init__(layers=layers)
+        super().__init__([views.get(index) or pools.get(index) for index in range(num_layers)])
         self._pools = pools
         self._views = views
         self._rows = rows
@@ -170,17 +185,8 @@ class Block(Cache):
         self._views[layer_idx].keep(recurrent_states)
         return recurrent_states
 
-    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
-        return None
-
     def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
         return self._views[layer_idx].state()
-
-    def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
-        return True
-
-    def is_recording_past(self, layer_idx: int) -> bool:
-        return True
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         raise UnsupportedError(_NO_LENGTH)
@@ -339,13 +345,12 @@ def _row_table(tables: dict[int, Tensor], rows: Sequence[int]) -> RowTable:
     return RowTable(seq_lens, chosen)
 
 
-class ShapeRecorder(Cache):
+class ShapeRecorder(WarmCache):
     """Takes down what each layer of a model caches, from a forward of one token."""
 
     def __init__(self, num_layers: int) -> None:
         self._recorders = [RecurrentRecorder() for _ in range(num_layers)]
-        layers: list[Any] = [*self._recorders]
-        super().__init__(layers=layers)
+        super().__init__([*self._recorders])
         self._attention: dict[int, LayerShape] = {}
 
     @property
@@ -370,6 +375,8 @@ class ShapeRecorder(Cache):
         conv_kernel_size: int = 0,
         **kwargs: Any,
     ) -> Tensor:
+        if state_idx:
+            raise UnsupportedError("this model keeps several states in a layer, which specc cannot roll back")
         self._recorders[layer_idx].convolves(conv_states, conv_kernel_size)
         return conv_states
 
@@ -378,17 +385,8 @@ class ShapeRecorder(Cache):
     ) -> Tensor:
         return recurrent_states
 
-    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
-        return None
-
     def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
         return self._recorders[layer_idx].recurrent_states[0]
-
-    def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
-        return True
-
-    def is_recording_past(self, layer_idx: int) -> bool:
-        return True
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0

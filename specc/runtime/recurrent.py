@@ -150,6 +150,7 @@ class RecurrentPools:
         self.plan = plan
         self.layers = {index: RecurrentLayer(shape, rows, plan, device) for index, shape in shapes.items()}
         self.reading = True
+        self._has_checkpoints = not plan.snapshots and any(shape.state for shape in shapes.values())
         self.base = torch.zeros(rows, dtype=torch.int64, device=device)
         self.final_lens = self.base
 
@@ -166,7 +167,7 @@ class RecurrentPools:
 
     def advance(self) -> None:
         """After all layers of a forward: count what their checkpoints took in at its start."""
-        if not self.reading and not self.plan.snapshots:
+        if self._has_checkpoints and not self.reading:
             every = self.plan.flush_every
             self.base.add_((self.final_lens - self.base) // every * every)
 

@@ -10,10 +10,12 @@ import torch
 
 import specc
 from specc.runtime import step
-from tests.recurrent import FAMILIES, build, prompt, tiny
-from tests.runtime.test_recurrent_equality import inputs, noisy_copy
+from tests.recurrent import FAMILIES, build, prompt
+from tests.runtime.test_recurrent_equality import inputs
 
 NEW_TOKENS = 64
+# The gated delta rule's kernels begin at heads of 16.
+WIDE = {"linear_key_head_dim": 32, "linear_value_head_dim": 32}
 
 
 @pytest.fixture(autouse=True)
@@ -22,6 +24,21 @@ def _exact_products() -> Any:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     yield
     torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+def wide(family: str, **changes: Any) -> Any:
+    """A tiny model with heads that the kernels take."""
+    return build(family, **(WIDE if "linear_key_head_dim" in FAMILIES[family][2] else {}), **changes)
+
+
+def noisy(model: Any) -> Any:
+    """A copy that agrees with the model now and then."""
+    draft = copy.deepcopy(model)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in draft.parameters():
+            parameter.add_(0.02 * parameter.std() * torch.randn_like(parameter) if parameter.dim() > 1 else 0)
+    return draft
 
 
 def speculate(model: Any, given: dict[str, torch.Tensor], draft: Any, **settings: Any) -> Any:
@@ -37,11 +54,11 @@ def test_tokens_equal_plain_decoding(
 ) -> None:
     if settings == {} and family not in ("qwen3_5", "mamba2", "lfm2"):
         pytest.skip("Inductor is tried on one family of each kind")
-    model, draft = copy.deepcopy(tiny(family)).cuda(), copy.deepcopy(noisy_copy(family)).cuda()
+    model = wide(family).cuda()
     given = {name: value.cuda() for name, value in inputs(4).items()}
     settings = {**settings, "options": {"state_commit": lowering, **settings.get("options", {})}}
     expected = model.generate(**given, max_new_tokens=NEW_TOKENS, do_sample=False)
-    for each in (draft, "ngram"):
+    for each in (noisy(model), "ngram"):
         assert torch.equal(speculate(model, given, each, **settings).sequences, expected)
 
 
@@ -51,19 +68,14 @@ def test_nothing_drifts_over_4000_tokens_in_bfloat16(
     family: str, exact: bool, monkeypatch: pytest.MonkeyPatch, fresh_compiler: None
 ) -> None:
     """Acceptance and repetition of each thousand tokens are those of the others."""
-    model = build(family, max_position_embeddings=8192).to("cuda", torch.bfloat16)
-    draft = copy.deepcopy(model)
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in draft.parameters():
-            parameter.add_(0.02 * parameter.std() * torch.randn_like(parameter) if parameter.dim() > 1 else 0)
+    model = wide(family, max_position_embeddings=8192).to("cuda", torch.bfloat16)
     ids = prompt(2, 12).cuda()
     steps: list[torch.Tensor] = []
     monkeypatch.setattr(step, "count_step", lambda state, correct: steps.append(correct.clone()))
     output = speculate(
         model,
         {"input_ids": ids, "attention_mask": torch.ones_like(ids)},
-        draft,
+        noisy(model),
         max_new_tokens=4000,
         options={"exact": exact},
     )
