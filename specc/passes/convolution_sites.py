@@ -1,7 +1,8 @@
 """Short convolutions over a cache: what models compute over the window and the block is the block's alone.
 
 A model convolves over ``cat([window, x])`` and drops the outputs of the window, or, over specc's cache, over
-what ``specc::conv_inputs`` returns. Both become one operator that reads the window where it lies.
+what ``specc::conv_inputs`` returns. Both become one operator that reads the window where it lies; over
+specc's cache it also makes zeros of what comes of padding.
 """
 
 from __future__ import annotations

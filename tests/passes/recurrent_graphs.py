@@ -56,9 +56,11 @@ def over_window_token(x: Tensor, kept: Tensor, weight: Tensor, bias: Tensor) -> 
 
 
 def over_ring(x: Tensor, ring: Tensor, weight: Tensor, bias: Tensor, seq_lens: Tensor) -> Tensor:
-    """As models do over specc's cache."""
+    """As models do over specc's cache; of padding, whose outputs the operator makes zero, nothing is read."""
     full = torch.ops.specc.conv_inputs(x, ring, seq_lens, None, weight.shape[-1])
-    return convolve(full, weight, bias)[:, :, -x.shape[-1] :]
+    y = convolve(full, weight, bias)[:, :, -x.shape[-1] :]
+    positions = seq_lens[:, None] + torch.arange(x.shape[-1])
+    return torch.where((positions >= 0)[:, None], y, 0)
 
 
 # --- recurrences -------------------------------------------------------------------------------
