@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specc.lowerings.framework import Provider, Reason, always
+from specc.lowerings.framework import Provider, always
 
 # What the kernels of recurrent layers read and write.
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -68,11 +68,3 @@ def longest(counts: Tensor, bound: int) -> int:
 def as_one_call(reference: Callable[..., Any]) -> Provider:
     """A reference that loops over a length, as one node of a compiled graph, which would unroll it."""
     return Provider("loops", reference, always)
-
-
-def not_integers(*dtypes: torch.dtype, **tensors: Tensor | None) -> Reason:
-    """Why a kernel of these dtypes cannot read positions or slots from these tensors, or None."""
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.dtype not in dtypes:
-            return f"has no kernel for {name} of {tensor.dtype}"
-    return None

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from specc.lowerings import triton_kernels
 from specc.lowerings.causal_conv1d import sample_inputs
-from specc.lowerings.checkpoints import FLOATS, live_rows, not_integers, put_rows
+from specc.lowerings.checkpoints import FLOATS, live_rows, put_rows
 from specc.lowerings.framework import Provider, Reason, define_op
 
 
@@ -56,7 +56,7 @@ def _triton_supports(
     if conv_state.dtype not in FLOATS or x.dtype not in FLOATS:
         return f"has no kernel for x of {x.dtype} and a window of {conv_state.dtype}"
     others = last_correct_step_indices, slots, track_slots, steps_to_track
-    return triton_kernels.unfit(conv_state, x, *others) or not_integers(
+    return triton_kernels.unfit(conv_state, x, *others) or triton_kernels.not_integers(
         *triton_kernels.INDICES,
         last_correct_step_indices=last_correct_step_indices,
         slots=slots,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from specc.lowerings import triton_kernels
-from specc.lowerings.checkpoints import FLOATS, live_rows, not_integers, put_rows
+from specc.lowerings.checkpoints import FLOATS, live_rows, put_rows
 from specc.lowerings.devices import usual_dtype
 from specc.lowerings.framework import Provider, Reason, define_op
 
@@ -55,7 +55,7 @@ def _triton_supports(
     others = slots, track_slots, steps_to_track
     return (
         triton_kernels.unfit(last_correct_step_indices, *states, *snapshots, *others)
-        or not_integers(
+        or triton_kernels.not_integers(
             *triton_kernels.INDICES,
             last_correct_step_indices=last_correct_step_indices,
             slots=slots,

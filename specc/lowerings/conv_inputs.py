@@ -9,7 +9,7 @@ from torch import Tensor
 
 from specc.lowerings import triton_kernels
 from specc.lowerings.causal_conv1d import channels_contiguous, sample_inputs
-from specc.lowerings.checkpoints import FLOATS, live_rows, not_integers, put_block
+from specc.lowerings.checkpoints import FLOATS, live_rows, put_block
 from specc.lowerings.framework import Provider, Reason, define_op
 
 
@@ -42,7 +42,9 @@ def unheld_ring(x: Tensor, ring: Tensor, seq_lens: Tensor, slots: Tensor | None,
         return f"has no kernel for x of {x.dtype} and a ring of {ring.dtype}"
     if width > MAX_WIDTH:
         return f"serves filters up to {MAX_WIDTH} wide, got {width}"
-    return not_integers(torch.int64, seq_lens=seq_lens) or not_integers(*triton_kernels.INDICES, slots=slots)
+    return triton_kernels.not_integers(torch.int64, seq_lens=seq_lens) or triton_kernels.not_integers(
+        *triton_kernels.INDICES, slots=slots
+    )
 
 
 def _triton_supports(x: Tensor, ring: Tensor, seq_lens: Tensor, slots: Tensor | None, width: int) -> Reason:

@@ -112,10 +112,9 @@ def _triton_supports(
     track_upto: Tensor | None,
     l2norm: bool,
 ) -> Reason:
-    for name, each in (("base", base), ("upto", upto), ("slots", slots), ("track_slots", track_slots)):
-        if each is not None and each.dtype not in triton_kernels.INDICES:
-            return f"has no kernel for {name} of {each.dtype}"
-    why = ring_unfit(state, ring_k, ring_u, ring_g)
+    indices = {"base": base, "upto": upto, "slots": slots, "track_slots": track_slots}
+    why = triton_kernels.not_integers(*triton_kernels.INDICES, **indices)
+    why = why or ring_unfit(state, ring_k, ring_u, ring_g)
     return why or triton_kernels.unfit(
         state, ring_k, ring_u, ring_g, base, upto, slots, track_slots, track_upto
     )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from specc.lowerings import triton_kernels
-from specc.lowerings.checkpoints import along, as_one_call, live_rows, longest, not_integers, put_rows
+from specc.lowerings.checkpoints import along, as_one_call, live_rows, longest, put_rows
 from specc.lowerings.framework import Provider, Reason, define_op
 from specc.lowerings.ssd import advance, per_head, sample_block
 from specc.lowerings.ssd_replay import sample_pool, unheld_block, unheld_pool
@@ -72,8 +72,8 @@ def _triton_supports(
         triton_kernels.unfit(state, *others)
         or unheld_block(ring_x, ring_b, ring_b)
         or unheld_pool(state)
-        or not_integers(torch.int64, base=base, upto=upto, track_upto=track_upto)
-        or not_integers(*triton_kernels.INDICES, slots=slots, track_slots=track_slots)
+        or triton_kernels.not_integers(torch.int64, base=base, upto=upto, track_upto=track_upto)
+        or triton_kernels.not_integers(*triton_kernels.INDICES, slots=slots, track_slots=track_slots)
     )
 
 

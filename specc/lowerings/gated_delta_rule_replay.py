@@ -163,9 +163,9 @@ def _triton_supports(
     exact: bool,
 ) -> Reason:
     indices = {"base": base, "seq_lens": seq_lens, "final_lens": final_lens, "slots": slots}
-    for name, each in indices.items():
-        if each is not None and each.dtype not in triton_kernels.INDICES:
-            return f"has no kernel for {name} of {each.dtype}"
+    why = triton_kernels.not_integers(*triton_kernels.INDICES, **indices)
+    if why is not None:
+        return why
     if not 1 <= flush_every <= LONGEST:
         return f"flushes every 1 to {LONGEST} tokens, not every {flush_every}"
     if ring_k.dtype != k.dtype:

@@ -33,10 +33,9 @@ def _fake(kv_indices: Tensor, kv_indptr: Tensor, page_size: int, width: int) -> 
 
 
 def _triton_supports(kv_indices: Tensor, kv_indptr: Tensor, page_size: int, width: int) -> Reason:
-    for name, tensor in (("kv_indices", kv_indices), ("kv_indptr", kv_indptr)):
-        if tensor.dtype not in triton_kernels.INDICES:
-            return f"has no kernel for {name} of {tensor.dtype}"
-    return triton_kernels.unfit(kv_indices, kv_indptr)
+    indices = {"kv_indices": kv_indices, "kv_indptr": kv_indptr}
+    unfit = triton_kernels.not_integers(*triton_kernels.INDICES, **indices)
+    return unfit or triton_kernels.unfit(kv_indices, kv_indptr)
 
 
 def _triton(kv_indices: Tensor, kv_indptr: Tensor, page_size: int, width: int) -> Tensor:

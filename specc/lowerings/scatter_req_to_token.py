@@ -46,9 +46,9 @@ def _triton_supports(
     req_to_token: Tensor, req_pool_indices: Tensor | None, kv_lens: Tensor, page_size: int, width: int
 ) -> Reason:
     tensors = {"req_to_token": req_to_token, "req_pool_indices": req_pool_indices, "kv_lens": kv_lens}
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.dtype not in triton_kernels.INDICES:
-            return f"has no kernel for {name} of {tensor.dtype}"
+    unfit = triton_kernels.not_integers(*triton_kernels.INDICES, **tensors)
+    if unfit is not None:
+        return unfit
     if req_pool_indices is not None and req_pool_indices.shape != kv_lens.shape:
         return f"needs one request per row, got {req_pool_indices.shape[0]} for {kv_lens.shape[0]} rows"
     return triton_kernels.unfit(req_to_token, req_pool_indices, kv_lens)

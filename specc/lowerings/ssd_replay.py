@@ -14,7 +14,6 @@ from specc.lowerings.checkpoints import (
     as_one_call,
     live_rows,
     longest,
-    not_integers,
     put_block,
     put_rows,
 )
@@ -124,8 +123,8 @@ def _triton_supports(
         triton_kernels.unfit(x, *others)
         or unheld_block(x, b, c)
         or unheld_pool(state, ring_x, ring_b)
-        or not_integers(torch.int64, base=base, seq_lens=seq_lens, final_lens=final_lens)
-        or not_integers(*triton_kernels.INDICES, slots=slots)
+        or triton_kernels.not_integers(torch.int64, base=base, seq_lens=seq_lens, final_lens=final_lens)
+        or triton_kernels.not_integers(*triton_kernels.INDICES, slots=slots)
     )
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from specc.lowerings import triton_kernels
-from specc.lowerings.checkpoints import along, as_one_call, live_rows, not_integers
+from specc.lowerings.checkpoints import along, as_one_call, live_rows
 from specc.lowerings.framework import Provider, Reason, define_op
 from specc.lowerings.ssd import advance, block_steps, per_head, read, sample_block
 from specc.lowerings.ssd_replay import unheld_block, unheld_pool
@@ -65,7 +65,7 @@ def _triton_supports(
         triton_kernels.unfit(x, dt, a, b, c, d, dt_bias, state, slots)
         or unheld_block(x, b, c)
         or unheld_pool(state)
-        or not_integers(*triton_kernels.INDICES, slots=slots)
+        or triton_kernels.not_integers(*triton_kernels.INDICES, slots=slots)
     )
 
 

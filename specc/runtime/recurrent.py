@@ -19,6 +19,7 @@ from torch import Tensor
 
 from specc import leaves
 from specc.lowerings import (
+    Op,
     conv_inputs,
     gated_delta_rule,
     gated_delta_rule_replay,
@@ -222,44 +223,26 @@ class RecurrentView:
 
     def gated_delta_rule(self, *args: Any) -> tuple[Tensor, None]:
         """``leaves.Recurrence``: an eager block. args: q, k, v, g, beta, scale, l2norm."""
-        *tensors, scale, l2norm = args
-        if self._pools.plan.snapshots:
-            out, states = gated_delta_rule_snapshot(*tensors, self._last_snapshot(), None, scale, l2norm)
-            self._keep_snapshots(states)
-            return out, None
-        state, *lengths, every, exact = self._checkpoint()
-        return gated_delta_rule_replay(
-            *tensors, state, *self._layer.rings, *lengths, None, scale, l2norm, every, exact
-        ), None
+        return self._block(gated_delta_rule_replay, gated_delta_rule_snapshot, args[:5], args[5:]), None
 
     def ssd(self, *args: Any) -> tuple[Tensor, None]:
         """``leaves.Recurrence``: an eager block. args: x, dt, A, B, C, D, dt_bias, softplus, limits."""
-        tensors, limits = args[:7], args[7:]
-        if self._pools.plan.snapshots:
-            out, states = ssd_snapshot(*tensors, self._last_snapshot(), None, *limits)
-            self._keep_snapshots(states)
-            return out, None
-        state, *lengths, every, exact = self._checkpoint()
-        return ssd_replay(*tensors, state, *self._layer.rings, *lengths, None, *limits, every, exact), None
+        return self._block(ssd_replay, ssd_snapshot, args[:7], args[7:]), None
 
-    def _checkpoint(self) -> tuple[Any, ...]:
-        pools = self._pools
-        plan = pools.plan
-        lengths = (pools.base, self._seq_lens, pools.final_lens)
-        return self._layer.state, *lengths, plan.flush_every, plan.exact
-
-    def _last_snapshot(self) -> Tensor:
-        snapshots = self._layer.snapshots
-        assert snapshots is not None
-        rows = torch.arange(snapshots.shape[0], device=snapshots.device)
-        return snapshots[rows, (self._seq_lens - 1) % snapshots.shape[1]]
-
-    def _keep_snapshots(self, states: Tensor) -> None:
-        snapshots = self._layer.snapshots
-        assert snapshots is not None
-        rows = torch.arange(snapshots.shape[0], device=snapshots.device)
-        tokens = torch.arange(states.shape[1], device=snapshots.device)
-        snapshots[rows[:, None], (self._seq_lens[:, None] + tokens) % snapshots.shape[1]] = states
+    def _block(self, replay: Op, snapshot: Op, tensors: tuple[Any, ...], settings: tuple[Any, ...]) -> Tensor:
+        """Outputs of a block by one of an operator's forms: around the state they take the same arguments."""
+        layer, pools, plan = self._layer, self._pools, self._pools.plan
+        if layer.snapshots is None:
+            lengths = (pools.base, self._seq_lens, pools.final_lens)
+            state = (layer.state, *layer.rings, *lengths, None)
+            return replay(*tensors, *state, *settings, plan.flush_every, plan.exact)
+        rows, size = layer.snapshots.shape[:2]
+        row = torch.arange(rows, device=layer.snapshots.device)
+        before = layer.snapshots[row, (self._seq_lens - 1) % size]
+        out, states = snapshot(*tensors, before, None, *settings)
+        token = torch.arange(states.shape[1], device=row.device)
+        layer.snapshots[row[:, None], (self._seq_lens[:, None] + token) % size] = states
+        return out
 
 
 class RecurrentRecorder:

@@ -30,3 +30,11 @@ def unfit(first: Tensor, *others: Tensor | None) -> Reason:
         devices = ", ".join(sorted(str(device) for device in (first.device, *elsewhere)))
         return f"needs all tensors on one device, got {devices}"
     return obstacle()
+
+
+def not_integers(*dtypes: torch.dtype, **tensors: Tensor | None) -> Reason:
+    """Why a kernel of these dtypes cannot read positions or slots from these tensors, or None."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dtype not in dtypes:
+            return f"has no kernel for {name} of {tensor.dtype}"
+    return None
