@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.functional import scaled_dot_product_attention
 
 from specc.lowerings import unified_attention
 from tests.attention_cases import Case, build, expected, relative_error
@@ -73,31 +76,46 @@ def test_lengths_at_edges(length: int) -> None:
     agree(Case(lens=(length, length), blocks=(1, min(length, 8)), dtype=torch.bfloat16, spare_pages=0))
 
 
-# Weights are rounded relative to a running maximum, those near it least. Flash attention takes it over tiles
-# of 128 keys and specc over 64, which on short rows is up to 2 % worse.
-@pytest.mark.parametrize(("length", "most"), [(300, 1.03), (700, 1.03), (9000, 1.0), (32000, 1.0)])
+# Within one tile both round the same weights in the same way.
+@pytest.mark.parametrize(
+    ("length", "most"), [(64, 1.001), *((n, 1.0) for n in (300, 700, 2000, 9000, 32000))]
+)
 @pytest.mark.parametrize("dtype", HALF)
 def test_error_against_flash_attention(dtype: torch.dtype, length: int, most: float) -> None:
-    case = Case(lens=(length,) * 4, blocks=(16,) * 4, dtype=dtype, key_dim=128, value_dim=128, page=64)
-    args = build(case, "cuda")
-    truth = expected(args)
-    q, k_pages, v_pages, table = args[:4]
-    ours = relative_error(run(args), truth)
-    k, v = (pool[table.long()].flatten(1, 2)[:, :length].transpose(1, 2) for pool in (k_pages, v_pages))
-    k, v = (each.repeat_interleave(case.group, 1) for each in (k, v))
-    queries = q.view(4, 16, *q.shape[1:]).transpose(1, 2)
-    # Flash aligns to the top left; so it gets the last tokens one position at a time.
+    """Over a few inputs together: the ratio of two errors varies by half a per cent from one to the next."""
+    ours, by_token, by_block = 0.0, 0.0, 0.0
+    for seed in range(4):
+        case = Case(lens=(length,) * 4, blocks=(16,) * 4, dtype=dtype, key_dim=128, value_dim=128, page=64)
+        args = build(case, "cuda", seed)
+        truth = expected(args)
+        q, k_pages, v_pages, table = args[:4]
+        k, v = (pool[table.long()].flatten(1, 2)[:, :length].transpose(1, 2) for pool in (k_pages, v_pages))
+        queries = q.unflatten(0, (4, 16)).transpose(1, 2)
+        ours += relative_error(run(args), truth) ** 2
+        by_token += relative_error(flash_by_token(queries, k, v), truth) ** 2
+        by_block += relative_error(flash_by_block(queries, k, v), truth) ** 2
+    assert math.sqrt(ours / by_token) <= most
+    assert math.sqrt(ours / by_block) <= most
+
+
+def flash_by_token(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Flash attention's result [B * T, H, D], called for each token with exactly the keys that it sees."""
+    unseen = range(q.shape[2] - 1, -1, -1)
+    ends = [k.shape[2] - each for each in unseen]
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        theirs = torch.stack(
-            [
-                torch.nn.functional.scaled_dot_product_attention(
-                    queries[:, :, j : j + 1], k[:, :, : length - 15 + j], v[:, :, : length - 15 + j]
-                )[:, :, 0]
-                for j in range(16)
-            ],
-            dim=1,
-        ).flatten(0, 1)
-    assert ours <= most * relative_error(theirs, truth)
+        tokens = [
+            scaled_dot_product_attention(q[:, :, j : j + 1], k[:, :, :end], v[:, :, :end], enable_gqa=True)
+            for j, end in enumerate(ends)
+        ]
+    return torch.cat(tokens, dim=2).transpose(1, 2).flatten(0, 1)
+
+
+def flash_by_block(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The same of one call with a mask aligned to the bottom right."""
+    mask = causal_lower_right(q.shape[2], k.shape[2])
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        out = scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+    return out.transpose(1, 2).flatten(0, 1)
 
 
 def test_a_pool_beyond_2_gib() -> None:

@@ -97,6 +97,19 @@ def test_float8_pools(dtype: torch.dtype) -> None:
     agree(Case(lens=(100, 30), blocks=(3, 2), dtype=dtype, fp8=True, window=60))
 
 
+def test_the_largest_weight_of_a_tile_is_not_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One key counts in each of a chunk's tiles: what remains is the rounding of the result."""
+    monkeypatch.setattr(attention, "CHUNK", 512)
+    monkeypatch.setattr(attention, "SECTION", 512)
+    args = build(Case(lens=(512,), blocks=(8,), dtype=torch.bfloat16, kv_heads=1, page=64))
+    q, keys = args[0].zero_(), args[1]
+    q[..., 0] = 8.0
+    keys[..., 0] = -60.0
+    keys[:, 17, :, 0] = torch.rand(keys.shape[0], 1).to(torch.bfloat16)
+    out, truth = run(args), expected(args)
+    assert relative_error(out, truth) < 1.02 * relative_error(truth.to(torch.bfloat16), truth)
+
+
 def test_lengths_beyond_the_table_are_clamped_and_positions_are_not() -> None:
     args = list(build(Case(lens=(64, 64), blocks=(3, 2), spare_pages=0)))
     args[5] = torch.tensor([70, 10_000])

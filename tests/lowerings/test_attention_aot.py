@@ -54,11 +54,11 @@ def compile_attend(
     arch: str, tiles: Any, lanes: int, dtype: str, *, walk: bool, ranged: bool, fancy: bool = False
 ) -> Any:
     """Groups of 4 heads over pages of 16 keys; ``fancy``: a float8 pool, and every option."""
-    from specc.lowerings.triton_kernels import attention
+    from specc.lowerings.triton_kernels import attention, attention_kernels
     from tests.lowerings.aot import compile_kernel
 
     types = signature(dtype, "fp8e4nv" if fancy else dtype)
-    kernel = attention._attend
+    kernel = attention_kernels.attend
     tensors = [name for name in kernel.arg_names if types.get(name, "").startswith("*")]
     constants = {
         "GROUP": 4,
@@ -136,11 +136,11 @@ def test_float8_with_every_option_fits(arch: str, ranged: bool) -> None:
 @pytest.mark.parametrize("ranged", [False, True])
 @pytest.mark.parametrize("arch", ARCHS)
 def test_the_combination_of_states_fits(arch: str, ranged: bool) -> None:
-    from specc.lowerings.triton_kernels import attention
+    from specc.lowerings.triton_kernels import attention, attention_kernels
     from tests.lowerings.aot import assert_fits, compile_kernel
 
     types = signature("bf16", "bf16")
-    kernel = attention._combine
+    kernel = attention_kernels.combine
     tensors = [name for name in kernel.arg_names if types.get(name, "").startswith("*")]
     constants = {
         "GROUP": 4,
