@@ -38,10 +38,10 @@ class SpeccBackend:
         return compile_graph(gm, example_inputs, parse_options(options), mode)
 
     def reset(self) -> None:
-        """Drop every compiled step specc holds; torch drops the graphs themselves."""
-        sessions = sys.modules.get("specc.runtime.compiled")
-        if sessions is not None:
-            sessions.reset()
+        """Drop every captured step and compiled forward; torch drops the graphs themselves."""
+        for name in ("specc.runtime.workspace", "specc.runtime.compiled"):
+            if name in sys.modules:
+                sys.modules[name].reset()
 
 
 specc = SpeccBackend()

@@ -191,6 +191,34 @@ def check_kv_dtype(value: Any) -> None:
         raise InputError(f"kv_dtype must be 'fp8' or None (the model's own dtype), got {value!r}")
 
 
+def check_compile(value: Any) -> None:
+    if not isinstance(value, bool):
+        raise InputError(f"compile must be True or False, got {value!r}")
+
+
+def check_device_graph(value: Any) -> None:
+    if value not in ("on", "try", "off"):
+        raise InputError(f"device_graph must be 'on', 'try' or 'off', got {value!r}")
+
+
+def check_steps_ahead(value: Any) -> None:
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+        raise InputError(
+            f"steps_ahead must be a positive integer or None (as many as pay on the device), got {value!r}"
+        )
+
+
+# specc's own arguments, but for the draft and the options -> their checks.
+SETTINGS: dict[str, Callable[[Any], None]] = {
+    "num_draft_tokens": check_num_draft_tokens,
+    "kv_dtype": check_kv_dtype,
+    "state_dtype": check_state_dtype,
+    "compile": check_compile,
+    "device_graph": check_device_graph,
+    "steps_ahead": check_steps_ahead,
+}
+
+
 def check_prompt(prompts: Any, attention_mask: Any, model: Any) -> None:
     """Token ids, int64 [B, P] with B, P >= 1, left-padded where the mask is 0."""
     if not isinstance(prompts, Tensor):

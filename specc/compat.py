@@ -9,8 +9,10 @@ import contextlib
 import copy
 import inspect
 import itertools
+import os
 import sys
 import sysconfig
+import traceback
 import types
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -240,6 +242,47 @@ def user_line(error: Exception) -> str:
         return "unknown source"
     frame = stack[-1]
     return f"{frame.filename}:{frame.lineno}: {frame.line}"
+
+
+def guards_hold(function: types.FunctionType, *args: Any) -> bool:
+    """Whether a call of a compiled ``function`` would take code that exists. torch 2.11 and 2.13."""
+    from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list
+
+    names = function.__code__.co_varnames[: function.__code__.co_argcount]
+    values = dict(zip(names, args, strict=True))
+    return any(entry.guard_manager.check(values) for entry in _debug_get_cache_entry_list(function.__code__))
+
+
+def shows_progress() -> bool:
+    """Whether transformers would show progress bars. transformers 5.17 to 5.23."""
+    from transformers.utils.logging import is_progress_bar_enabled
+
+    return is_progress_bar_enabled()
+
+
+def end_allocations(device: int, pool: tuple[int, int]) -> None:
+    """What ending a capture leaves out where it fails: the allocator goes on serving it. torch 2.11, 2.13."""
+    with contextlib.suppress(RuntimeError):
+        torch._C._cuda_endAllocateToPool(device, pool)
+
+
+def innermost_line(error: BaseException) -> str:
+    """Where an error came up, as ``file:line: code``: the last line of a model or a user, and torch's."""
+    frames = traceback.extract_tb(error.__traceback__)
+    if not frames:
+        return "unknown source"
+    users = [frame for frame in frames if not frame.filename.startswith(_OWN_FOLDERS)]
+    innermost = frames[-1]
+    shown = [innermost] if not users or users[-1] is innermost else [users[-1], innermost]
+    return ", in ".join(f"{frame.filename}:{frame.lineno}: {frame.line}" for frame in shown)
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+_OWN_FOLDERS = tuple(str(Path(each).parent) + os.sep for each in (torch.__file__, __file__))
 
 
 def captured_for_specc() -> bool:

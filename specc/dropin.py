@@ -46,6 +46,8 @@ class Settings:
     state_dtype: str | None
     options: Options
     compile: bool
+    device_graph: str
+    steps_ahead: int | None
 
 
 def generate(
@@ -59,6 +61,8 @@ def generate(
     state_dtype: str | None = None,
     options: Options | Mapping[str, Any] | None = None,
     compile: bool = True,
+    device_graph: str = "on",
+    steps_ahead: int | None = None,
     logits_processor: Any = None,
     stopping_criteria: Any = None,
     streamer: Any = None,
@@ -72,17 +76,31 @@ def generate(
     drafts and the bonus token; ``kv_dtype``, "fp8" to keep keys and values as float8_e4m3fn, which halves
     their memory and changes tokens (None: the model's own dtype); ``state_dtype``, "bf16" to keep the
     states of recurrent layers as bfloat16 (None: float32); ``options``, see specc.Options;
-    ``compile=False`` runs the model's forward without capturing it. A generation config's
+    ``compile=False`` runs the model's forward without capturing it; ``device_graph``, "on" to capture a whole
+    step as one graph where the device has such graphs (CUDA, HIP), "try" to go on without one if that fails,
+    "off"; ``steps_ahead``, steps to queue on the device before the host looks at the first (None: 2 where
+    steps can be queued, else 1), which changes nothing but time. A generation config's
     ``prefill_chunk_size`` is how many tokens of a prompt are read at once, two at least.
 
     Returns token ids int64 [B, P + new tokens], or a SpeccOutput under ``return_dict_in_generate``.
 
     Raises InputError for prompts, models and drafts that do not fit, UnsupportedError for what specc
     does not do, OptionError for wrong ``options``; all before any work starts. PoolError if keys and
-    values do not fit into memory, CaptureError if the model's forward cannot be captured.
+    values do not fit into memory, CaptureError if the model's forward cannot be captured, StepCaptureError
+    if the step cannot.
     """
     model = compat.uncompiled(model)
-    settings = _settings(model, draft, num_draft_tokens, kv_dtype, state_dtype, options, compile)
+    settings = _settings(
+        model,
+        draft=draft,
+        num_draft_tokens=num_draft_tokens,
+        kv_dtype=kv_dtype,
+        state_dtype=state_dtype,
+        options=options,
+        compile=compile,
+        device_graph=device_graph,
+        steps_ahead=steps_ahead,
+    )
     if compat.is_prepared(generation_config):
         return _called_by_hf(
             model, inputs, settings, generation_config, logits_processor, stopping_criteria, kwargs
@@ -139,6 +157,8 @@ def attach(
     state_dtype: str | None = None,
     options: Options | Mapping[str, Any] | None = None,
     compile: bool = True,
+    device_graph: str = "on",
+    steps_ahead: int | None = None,
 ) -> Any:
     """Make ``model.generate(...)`` speculate until ``detach(model)``; returns the model.
 
@@ -150,7 +170,15 @@ def attach(
     if "generate" in vars(original):
         raise InputError("this model's generate is replaced by something else: attach would hide that")
     settings = _settings(
-        compat.uncompiled(model), draft, num_draft_tokens, kv_dtype, state_dtype, options, compile
+        compat.uncompiled(model),
+        draft=draft,
+        num_draft_tokens=num_draft_tokens,
+        kv_dtype=kv_dtype,
+        state_dtype=state_dtype,
+        options=options,
+        compile=compile,
+        device_graph=device_graph,
+        steps_ahead=steps_ahead,
     )
     # A bound method, so that a copy of the model speculates with the copy's weights.
     original.generate = types.MethodType(_Attached(settings, type(original).generate), original)
@@ -188,25 +216,14 @@ def _is_attached(model: Any) -> bool:
     return isinstance(getattr(vars(model).get("generate"), "__func__", None), _Attached)
 
 
-def _settings(
-    model: Any,
-    draft: Any,
-    num_draft_tokens: Any,
-    kv_dtype: Any,
-    state_dtype: Any,
-    options: Any,
-    compile: Any,
-) -> Settings:
+def _settings(model: Any, *, draft: Any, options: Any, **given: Any) -> Settings:
     parsed = parse_options(options)
     draft = compat.uncompiled(draft)
     checks.check_model(model)
     checks.check_draft(draft, model)
-    checks.check_num_draft_tokens(num_draft_tokens)
-    checks.check_kv_dtype(kv_dtype)
-    checks.check_state_dtype(state_dtype)
-    if not isinstance(compile, bool):
-        raise InputError(f"compile must be True or False, got {compile!r}")
-    return Settings(draft, num_draft_tokens, kv_dtype, state_dtype, parsed, compile)
+    for name, value in given.items():
+        checks.SETTINGS[name](value)
+    return Settings(draft=draft, options=parsed, **given)
 
 
 def _effective(
@@ -312,6 +329,8 @@ def _decode(
         prefill_chunk=config.prefill_chunk_size or PREFILL_CHUNK,
         kv_dtype=checks.KV_DTYPES[settings.kv_dtype],
         state_dtype=checks.STATE_DTYPES[settings.state_dtype],
+        device_graph=settings.device_graph,
+        steps_ahead=settings.steps_ahead,
     )
     sequences, speculation = run(request)
     if config.return_dict_in_generate:

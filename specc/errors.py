@@ -27,6 +27,10 @@ class CompileError(SpeccError, RuntimeError):
     """A captured graph could not be turned into code."""
 
 
+class StepCaptureError(SpeccError, RuntimeError):
+    """A whole step could not be captured as one device graph."""
+
+
 class PassError(SpeccError, RuntimeError):
     """A compiler pass failed; the graph it was working on is discarded."""
 

@@ -1,4 +1,7 @@
-"""Give products with a transposed weight to ``specc::linear``, where something beats ``aten::mm``."""
+"""Give products with a transposed weight to ``specc::linear``, where something beats ``aten::mm``.
+
+Or where ``exact`` is asked for, and a library would take another kernel for more rows.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,14 @@ import torch
 from torch.fx import GraphModule, Node
 
 from specc.lowerings import linear
+from specc.lowerings.framework import Provider
 from specc.passes.framework import Pass, PassContext, PassResult, Sites, fake_tensor
 
 NAME = "lower_linear"
 
 aten = torch.ops.aten
+
+IN_SLICES: Provider = next(each for each in linear.providers if each.name == "in_slices")
 
 # Product -> positions of (x, transposed weight, bias) among its arguments.
 PRODUCTS = {aten.mm.default: (0, 1, None), aten.addmm.default: (1, 2, 0)}
@@ -20,6 +26,7 @@ def run(gm: GraphModule, context: PassContext) -> PassResult:
     """Rewrite ``mm(x, t(w))`` and ``addmm(bias, x, t(w))``, unless the reference is all there is."""
     sites = Sites(NAME)
     forced = dict(context.options.providers).get(linear.name)
+    exact = context.options.exact and forced is None
     for target, (x_at, weight_at, bias_at) in PRODUCTS.items():
         for node in gm.graph.find_nodes(op="call_function", target=target):
             weight = _untransposed(node.args[weight_at])
@@ -30,7 +37,14 @@ def run(gm: GraphModule, context: PassContext) -> PassResult:
                 sites.refused(node, f"{bias} is added, which is no bias of one entry per output")
                 continue
             operands = (node.args[x_at], weight, bias)
-            decision = linear.choose(*map(fake_tensor, operands), forced=forced)
+            values = tuple(map(fake_tensor, operands))
+            if exact and IN_SLICES.supports(*values) is None:
+                node.target, node.args = linear.provider_overload(IN_SLICES), operands
+                sites.fired(
+                    node, f"{target} takes its rows in slices, whose sums do not depend on their number"
+                )
+                continue
+            decision = linear.choose(*values, forced=forced)
             if decision.provider.run is linear.reference:
                 sites.refused(node, f"nothing beats {target} here ({decision.describe()})")
                 continue

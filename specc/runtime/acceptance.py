@@ -28,14 +28,6 @@ def _without_held_back(state: DecodeState, logits: Tensor) -> Tensor:
     return logits.masked_fill(new_tokens[:, :, None] < held, -torch.inf)
 
 
-def count_step(state: DecodeState, num_correct: Tensor) -> None:
-    """Add this step to the statistics of the rows that are not done. num_correct: int64 [B]."""
-    live = ~state.done
-    drafts = torch.arange(state.accepted.shape[0], device=num_correct.device)
-    state.steps += live.sum()
-    state.accepted += ((num_correct[:, None] > drafts) & live[:, None]).sum(dim=0)
-
-
 def commit(state: DecodeState, choice: Tensor, num_correct: Tensor) -> Tensor:
     """Append each row's accepted run to its text; return how many tokens that was, int64 [B].
 
@@ -45,7 +37,8 @@ def commit(state: DecodeState, choice: Tensor, num_correct: Tensor) -> Tensor:
     """
     length = choice.shape[1]
     block = torch.arange(length, device=choice.device)
-    is_eos = torch.isin(choice, state.eos)
+    # Not torch.isin, which looks for many ids by a way that stops the device.
+    is_eos = (choice[:, :, None] == state.eos).any(dim=2)
     until_eos = torch.where(is_eos, block, length).amin(dim=1) + 1
     run = torch.minimum(num_correct + 1, until_eos)
     run = torch.minimum(run, state.limits - state.text_lens)

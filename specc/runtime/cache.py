@@ -225,7 +225,8 @@ class PagedCache:
         pages = {
             window: pages_needed(rows, page_size, rings.get(window, 0)) + RESERVED for window in {0, *kept}
         }
-        states = memory(tuple(shapes.recurrent.values()), len(rows.leaders), plan)
+        count = len(rows.leaders)
+        states = memory(tuple(shapes.recurrent.values()), count, plan)
         wanted = [
             (shape, window, pages[window])
             for shape, window in zip(shapes.attention.values(), kept, strict=True)
@@ -233,21 +234,45 @@ class PagedCache:
         made = _allocate(wanted, page_size, dtype, device, states)
         self.layers = dict(zip(shapes.attention, made, strict=True))
         self._num_layers = shapes.num_layers
-        self._drafts = drafts
-        self._placements = {
-            window: _place(rows, page_size, rings.get(window, 0), count) for window, count in pages.items()
-        }
+        self._page_size = page_size
+        # Window -> the pages that a row goes round in (0: none), and the pages of the pool.
+        self._sizes = {window: (rings.get(window, 0), number) for window, number in pages.items()}
         # Graphs treat a length of one as a constant: no table is a single page long.
         capacity = max(longest, 2) * page_size
-        tables = {
-            window: _slots(placement, capacity, page_size).to(device)
-            for window, placement in self._placements.items()
+        self._everyone = _row_table(
+            {window: torch.zeros(count, capacity, dtype=torch.int32, device=device) for window in pages},
+            torch.zeros(count, dtype=torch.int64, device=device),
+        )
+        self.recurrent = RecurrentPools(
+            shapes.recurrent, self._everyone.seq_lens, plan, ahead_of_final=drafts
+        )
+        self.seat(rows)
+
+    def fits(self, rows: Rows) -> bool:
+        """Whether as many rows as these, with these prompts and reaches, find room."""
+        return (
+            len(rows.leaders) == len(self._everyone.seq_lens)
+            and max(rows.reach) <= self._everyone.capacity
+            and all(
+                pages_needed(rows, self._page_size, ring) + RESERVED <= number
+                for ring, number in self._sizes.values()
+            )
+        )
+
+    def seat(self, rows: Rows) -> None:
+        """Begin anew with these rows, whose prompts are going to be read. Every tensor stays where it is."""
+        self._placements = {
+            window: _place(rows, self._page_size, ring, number)
+            for window, (ring, number) in self._sizes.items()
         }
-        unique = rows.unique
-        self._everyone = _row_table(tables, range(len(rows.leaders)))
-        self.rows = self._everyone if len(unique) == len(rows.leaders) else _row_table(tables, unique)
-        self.reader_of_row = torch.tensor([unique.index(leader) for leader in rows.leaders], device=device)
-        self.recurrent = RecurrentPools(shapes.recurrent, len(unique), plan, device)
+        everyone, unique = self._everyone, rows.unique
+        for window, placement in self._placements.items():
+            slots = _slots(placement, everyone.capacity, self._page_size)
+            everyone.req_to_token[window].copy_(slots)
+        self.rows = everyone if len(unique) == len(rows.leaders) else _chosen(everyone, unique)
+        readers = [unique.index(leader) for leader in rows.leaders]
+        self.reader_of_row = torch.tensor(readers, device=everyone.seq_lens.device)
+        self.recurrent.start(len(unique))
 
     def block(self, positions: Tensor) -> Block:
         """The cache a model is given for tokens at these positions, int64 [B, q]."""
@@ -271,7 +296,7 @@ class PagedCache:
                     stored[target] = stored[source]
         self.rows = self._everyone
         self.rows.seq_lens.copy_(prompt_lens)
-        self.recurrent.spread(self.reader_of_row, self.rows.seq_lens, ahead_of_final=self._drafts)
+        self.recurrent.spread(self.reader_of_row, self.rows.seq_lens)
 
 
 def _ring(window: int, chunk: int, page_size: int) -> int:
@@ -337,12 +362,17 @@ def _slots(placement: Placement, capacity: int, page_size: int) -> Tensor:
     return table
 
 
-def _row_table(tables: dict[int, Tensor], rows: Sequence[int]) -> RowTable:
-    chosen = {window: table[list(rows)] for window, table in tables.items()}
-    for table in chosen.values():
+def _row_table(tables: dict[int, Tensor], seq_lens: Tensor) -> RowTable:
+    for table in tables.values():
         compat.mark_dynamic(table, 1)
-    seq_lens = torch.zeros(len(rows), dtype=torch.int64, device=tables[0].device)
-    return RowTable(seq_lens, chosen)
+    return RowTable(seq_lens, tables)
+
+
+def _chosen(table: RowTable, rows: Sequence[int]) -> RowTable:
+    """Some of a table's rows, copied."""
+    chosen = list(rows)
+    tables = {window: each[chosen] for window, each in table.req_to_token.items()}
+    return _row_table(tables, table.seq_lens[chosen])
 
 
 class ShapeRecorder(WarmCache):

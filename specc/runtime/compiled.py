@@ -15,6 +15,8 @@ import torch
 from specc import compat
 from specc.errors import CaptureError, CompileError, SpeccError
 from specc.options import Options
+from specc.progress import part
+from specc.runtime.cuda_graph import release_pools
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +29,10 @@ class GraphKey:
     q_len: int
     rows: int
 
+    def __str__(self) -> str:
+        tokens = f"{self.q_len} tokens" if self.q_len else "chunks of prompts"
+        return f"the {self.role} graph ({tokens}, {self.rows} row{'s' if self.rows > 1 else ''})"
+
 
 class CompiledForward:
     """A compiled function with the time its first call, which compiles, took."""
@@ -34,8 +40,9 @@ class CompiledForward:
     def __init__(self, key: GraphKey, function: types.FunctionType, options: Options) -> None:
         self.key = key
         self.called = False
+        self._function = compat.fresh_code(function)
         self._compiled = torch.compile(
-            compat.fresh_code(function), backend="specc", fullgraph=True, options=_given(options)
+            self._function, backend="specc", fullgraph=True, options=_given(options)
         )
 
     def __call__(self, *args: Any) -> Any:
@@ -46,13 +53,18 @@ class CompiledForward:
         self.called = True
         return result
 
+    def serves(self, *args: Any) -> bool:
+        """Whether a call with these arguments would run what is compiled already."""
+        return compat.guards_hold(self._function, *args)
+
     def warm_up(self, *args: Any) -> float:
         """Compile now unless that has happened; seconds it took."""
         if self.called:
             return 0.0
         log.info("compiling %s", self.key)
         start = time.perf_counter()
-        self(*args)
+        with part(f"compiling {self.key}", quiet=not compat.shows_progress()):
+            self(*args)
         return time.perf_counter() - start
 
 
@@ -73,8 +85,9 @@ def compiled_forward(
 
 
 def reset() -> None:
-    """Forget every compiled forward."""
+    """Forget every compiled forward, and the memory of captured steps."""
     _FORWARDS.clear()
+    release_pools()
 
 
 def _given(options: Options) -> dict[str, Any] | None:
@@ -97,10 +110,10 @@ def _explained(error: Exception) -> SpeccError:
     if compat.is_recompile_limit(error):
         return CaptureError(
             f"the model's forward was captured anew too often, because something it reads keeps changing "
-            f"(TORCH_LOGS=recompiles names it): {str(error).strip().splitlines()[0]}. compile=False runs the "
+            f"(TORCH_LOGS=recompiles names it): {compat.first_line(error)}. compile=False runs the "
             f"same speculation without capturing it."
         )
-    reason = next(iter(str(cause or error).strip().splitlines()), type(error).__name__)
+    reason = compat.first_line(cause or error)
     if cause is not None:
         return CompileError(
             f"the captured forward could not be compiled ({type(cause).__name__}: {reason}). "

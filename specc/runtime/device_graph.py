@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Iterator
+from typing import ClassVar, Protocol
 
 import torch
+from torch import Tensor
 
 from specc.lowerings.devices import device_kind
+from specc.runtime.cuda_graph import CudaGraph, CudaLink, current_queue
 
 log = logging.getLogger(__name__)
 
@@ -18,20 +21,53 @@ Program = Callable[[], None]
 class DeviceGraph(Protocol):
     """A program without arguments or results that works on tensors which stay where they are."""
 
+    num_nodes: int | None
+    """Nodes of the captured graph; None where there is no graph, or nobody counts them."""
+    frozen: ClassVar[bool]
+    """Whether replays go on as captured whatever changes in Python."""
+
     def capture(self, program: Program) -> None:
-        """Take ``program`` for later replays. It may be run, so its effects must be repeatable."""
+        """Take ``program`` for later replays. It may be run, so its effects must be repeatable.
+
+        Raises StepCaptureError, with nothing kept, if the device cannot capture it.
+        """
 
     def replay(self) -> None:
-        """Run the captured program once."""
+        """Queue the captured program once, behind what the current stream holds."""
 
     def reset(self) -> None:
         """Let go of the program and what it holds."""
 
 
+class HostLink(Protocol):
+    """What passes between the host and a device while steps are queued on it, without stopping it."""
+
+    steps_ahead: int
+    """Steps to queue before the host looks at the first."""
+
+    def send(self, report: Tensor) -> None:
+        """Queue a copy of ``report`` to the host, behind what the current stream holds."""
+
+    def receive(self) -> Tensor:
+        """The oldest report not received yet, on the host; waits until it is there."""
+
+    def discard(self) -> None:
+        """Forget what was sent and not received."""
+
+    def upload(self, values: Tensor, target: Tensor) -> None:
+        """Queue ``target.copy_(values)``; values are on the host and may change afterwards."""
+
+    def aside(self) -> contextlib.AbstractContextManager[None]:
+        """Work on the device that does not wait for the steps queued there."""
+
+
 class EagerGraph:
     """Runs the program itself on every replay: the form for devices without graphs."""
 
+    frozen: ClassVar[bool] = False
+
     def __init__(self) -> None:
+        self.num_nodes: int | None = None
         self._program: Program | None = None
 
     def capture(self, program: Program) -> None:
@@ -46,12 +82,56 @@ class EagerGraph:
         self._program = None
 
 
-ADAPTERS: dict[str, Callable[[], DeviceGraph]] = {"cpu": EagerGraph}
+class DirectLink:
+    """For devices on which a step is over when its call returns."""
+
+    steps_ahead = 1
+
+    def __init__(self, device: torch.device) -> None:
+        self._reports: list[Tensor] = []
+
+    def send(self, report: Tensor) -> None:
+        self._reports.append(report.to("cpu", copy=True))
+
+    def receive(self) -> Tensor:
+        return self._reports.pop(0)
+
+    def discard(self) -> None:
+        self._reports.clear()
+
+    def upload(self, values: Tensor, target: Tensor) -> None:
+        target.copy_(values)
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        yield
+
+
+GRAPHS: dict[str, type[DeviceGraph]] = {"cpu": EagerGraph, "cuda": CudaGraph, "hip": CudaGraph}
+LINKS: dict[str, Callable[[torch.device], HostLink]] = {"cuda": CudaLink, "hip": CudaLink}
+
+
+QUEUES: dict[str, Callable[[torch.device], int]] = {"cuda": current_queue, "hip": current_queue}
+
+
+def queue_of(device: torch.device) -> int:
+    """What tells the queue that replays would go to from the device's other queues."""
+    return QUEUES.get(device_kind(device), lambda _: 0)(device)
 
 
 def device_graph(device: torch.device) -> DeviceGraph:
     """The adapter for a device; steps run eagerly where there is none."""
     kind = device_kind(device)
-    if kind not in ADAPTERS:
+    if kind not in GRAPHS:
         log.info("no device graphs on %s yet: the step runs eagerly there", kind)
-    return ADAPTERS.get(kind, EagerGraph)()
+    return GRAPHS.get(kind, EagerGraph)()
+
+
+def freezes(device: torch.device) -> bool:
+    """Whether the device's graphs replay what was captured, and so are worth keeping."""
+    return GRAPHS.get(device_kind(device), EagerGraph).frozen
+
+
+def host_link(device: torch.device) -> HostLink:
+    """The link for a device; a direct one where nothing is queued."""
+    return LINKS.get(device_kind(device), DirectLink)(device)

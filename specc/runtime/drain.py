@@ -8,10 +8,16 @@ would make, and a stop in the middle of an accepted block is found where it is.
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.generation import EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria
+
+from specc.runtime.device_graph import HostLink
+from specc.runtime.reports import StepReport
 
 
 class Drain:
@@ -28,15 +34,17 @@ class Drain:
         criteria: Any,
         pad_token: int | None,
         streamer: Any,
+        link: HostLink,
     ) -> None:
         rows, self._prompt = prompts.shape
         fill = 0 if pad_token is None else pad_token
         room = torch.full((rows, max_new_tokens), fill, dtype=torch.int64)
         self._sequences = torch.cat([prompts.cpu(), room], dim=1)
+        self._received = torch.zeros(rows, max_new_tokens, dtype=torch.int64)
+        self._lens = torch.zeros(rows, dtype=torch.int64)
         self._count = 0
         self.handed_over = 0
-        self._criteria = criteria
-        self._device = prompts.device
+        self._stops = _Stops(criteria, prompts.device, link)
         self._streamer = streamer
         self._pads = any(hasattr(each, "eos_token_id") for each in criteria)
         self.unfinished = torch.ones(rows, dtype=torch.bool)
@@ -60,25 +68,75 @@ class Drain:
         """Rows, bool [B], whose further tokens nobody will see."""
         return ~self.unfinished if self._pads else torch.zeros_like(self.unfinished)
 
-    def take(self, tokens: Tensor, counts: Tensor) -> None:
-        """Hand over what is complete. tokens: int64 [B, n], everything generated so far, or more;
-        counts: int64 [B], how many of them are committed. Both on the host."""
-        while not self.finished and self._count < self._ready(counts):
-            column = self._prompt + self._count
-            token = tokens[:, self._count]
-            if self._pads:
-                token = torch.where(self.unfinished, token, self._sequences[:, column])
-            self._sequences[:, column] = token
-            self._count += 1
-            self.handed_over += int(self.unfinished.sum()) if self._pads else token.numel()
-            if self._streamer is not None:
-                self._streamer.put(token)
-            self.unfinished &= ~self._criteria(self.sequences.to(self._device), None).cpu()
+    @property
+    def most_steps_left(self) -> int:
+        """Steps after which every row is at its limit, however few drafts are right."""
+        left = self._received.shape[1] - self._lens
+        return int(left.masked_fill(self.stopped_rows, 0).max())
 
-    def _ready(self, counts: Tensor) -> int:
-        needed = counts[self.unfinished] if self._pads else counts
+    def take(self, report: StepReport) -> None:
+        """Receive what a step committed, and hand over what is complete."""
+        at = torch.arange(report.tokens.shape[1])
+        row, column = (at < report.committed[:, None]).nonzero(as_tuple=True)
+        self._received[row, self._lens[row] + column] = report.tokens[row, column]
+        self._lens += report.committed
+        while not self.finished and self._count < self._ready():
+            self._hand_over(self._received[:, self._count])
+
+    def _hand_over(self, token: Tensor) -> None:
+        column = self._prompt + self._count
+        if self._pads:
+            token = torch.where(self.unfinished, token, self._sequences[:, column])
+        self._sequences[:, column] = token
+        self._count += 1
+        self.handed_over += int(self.unfinished.sum()) if self._pads else token.numel()
+        if self._streamer is not None:
+            self._streamer.put(token)
+        self.unfinished &= ~self._stops(self.sequences)
+
+    def _ready(self) -> int:
+        needed = self._lens[self.unfinished] if self._pads else self._lens
         return int(needed.min())
 
     def end(self) -> None:
         if self._streamer is not None:
             self._streamer.end()
+
+
+# Criteria that look at lengths, ids and the clock only: they are asked on the host.
+_ON_THE_HOST = (MaxLengthCriteria, MaxTimeCriteria, EosTokenCriteria)
+
+
+class _Stops:
+    """Stopping criteria as Hugging Face calls them, without waiting for steps that are queued.
+
+    Criteria nobody knows get their ids where the model is, as they do from ``generate``.
+    """
+
+    def __init__(self, criteria: Any, device: torch.device, link: HostLink) -> None:
+        self._device = device
+        self._link = link
+        self._here: list[Callable[[Tensor, Any], Tensor]] = []
+        self._there: list[Callable[[Tensor, Any], Tensor]] = []
+        for each in criteria:
+            known = type(each) in _ON_THE_HOST
+            (self._here if known else self._there).append(_on_the_host(each) if known else each)
+
+    def __call__(self, sequences: Tensor) -> Tensor:
+        """Which rows stop, bool [B], on the host. sequences: int64 [B, tokens so far], on the host."""
+        stops = torch.zeros(sequences.shape[0], dtype=torch.bool)
+        for each in self._here:
+            stops |= each(sequences, None)
+        if self._there:
+            with self._link.aside():
+                moved = sequences.to(self._device)
+                for each in self._there:
+                    stops |= each(moved, None).cpu()
+        return stops
+
+
+def _on_the_host(criterion: Any) -> Any:
+    moved = copy.copy(criterion)
+    if isinstance(moved, EosTokenCriteria):
+        moved.eos_token_id = moved.eos_token_id.cpu()
+    return moved

@@ -61,7 +61,8 @@ class BoundModel:
         kv_dtype: torch.dtype | None = None,
     ) -> None:
         config, device = model.config.get_text_config(), model.device
-        self.model = model
+        # Weak, because steps are kept by their models.
+        self._model = weakref.ref(model)
         leaves.install(leaves.modeling_families(model))
         self._masks = MaskPlan.of(model)
         self._chunk = max(chunk, 2)
@@ -78,17 +79,48 @@ class BoundModel:
             drafts=role is DRAFT,
         )
         self._last_position = torch.tensor(last_position, device=device)
+        self._options = dataclasses.replace(options, mode=None)
+        self._compiled = compiled
         count = len(rows.leaders)
-        self._blank = torch.zeros(count, q_len, dtype=torch.int64, device=device)
+        # Kernels for one row of a product round differently from those for more.
+        self._q_len = max(q_len, 2) if options.exact else q_len
+        self._blank = torch.zeros(count, self._q_len, dtype=torch.int64, device=device)
         self._forward: Callable[..., Tensor] = role.function
-        self._read: Callable[..., Tensor] = PREFILL.function
         if compiled:
-            options = dataclasses.replace(options, mode=None)
-            block_options = dataclasses.replace(options, mode="verify") if shapes.recurrent else options
-            key = GraphKey(role.name, q_len, count)
-            self._forward = compiled_forward(model, key, role.function, block_options)
-            key = GraphKey(PREFILL.name, ANY_LENGTH, len(rows.unique))
-            self._read = compiled_forward(model, key, PREFILL.function, options)
+            mode = "verify" if shapes.recurrent else None
+            key = GraphKey(role.name, self._q_len, count)
+            self._forward = compiled_forward(
+                model, key, role.function, dataclasses.replace(options, mode=mode)
+            )
+        self._read = self._reader(rows)
+
+    @property
+    def model(self) -> Any:
+        model = self._model()
+        assert model is not None, "the model is gone"
+        return model
+
+    def fits(self, rows: Rows) -> bool:
+        """Whether these rows find room in the pools."""
+        return self.cache.fits(rows)
+
+    def seat(self, rows: Rows, last_position: int) -> None:
+        """Begin anew with other rows, as many. Every tensor that a captured step reads stays where it is."""
+        self.cache.seat(rows)
+        self._last_position.fill_(last_position)
+        self._read = self._reader(rows)
+
+    def unchanged(self) -> bool:
+        """Whether what was compiled still serves the model as it is now: torch's guards hold."""
+        return not isinstance(self._forward, CompiledForward) or self._forward.serves(
+            *self._arguments(self._blank)
+        )
+
+    def _reader(self, rows: Rows) -> Callable[..., Tensor]:
+        if not self._compiled:
+            return PREFILL.function
+        key = GraphKey(PREFILL.name, ANY_LENGTH, len(rows.unique))
+        return compiled_forward(self.model, key, PREFILL.function, self._options)
 
     def prefill(self, prompts: Tensor, prompt_lens: Tensor) -> Tensor:
         """Read left-padded prompts [B, P] into the empty pool; logits after each prompt, [B, V].
@@ -127,8 +159,15 @@ class BoundModel:
         return self._forward.warm_up(*self._arguments(self._blank))
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        """Run the role's function on a block behind each row's length. tokens: int64 [B, q_len]."""
-        return self._forward(*self._arguments(tokens))
+        """Run the role's function on a block behind each row's length. tokens: int64 [B, q_len].
+
+        What comes after each token, [B, q_len, V], or after the last one, [B].
+        """
+        missing = self._q_len - tokens.shape[1]
+        if missing == 0:
+            return self._forward(*self._arguments(tokens))
+        fed = torch.nn.functional.pad(tokens, (0, missing))
+        return self._forward(*self._arguments(fed))[:, : tokens.shape[1]]
 
     def _arguments(self, tokens: Tensor) -> tuple[Any, ...]:
         return self.model, tokens, self.cache, self._masks, self._last_position

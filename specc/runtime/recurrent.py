@@ -99,39 +99,50 @@ class RecurrentLayer:
     """One layer's buffers for B rows. ``state`` is None where the layer only convolves.
 
     conv: [B, R, channels]; state: [B, ...]; rings: one [B, R, ...] for each record, or, where snapshots are
-    kept, ``snapshots`` [B, R, ...].
+    kept, ``snapshots`` [B, R, ...]. They stay where they are from batch to batch, but while fewer different
+    prompts than rows are read, ``conv`` and ``state`` are of those.
     """
 
     def __init__(self, shape: RecurrentShape, rows: int, plan: RecurrentPlan, device: torch.device) -> None:
         self.shape = shape
-        self._plan = plan
         conv = shape.conv
-        self.conv = torch.zeros(
+        self._conv = torch.zeros(
             rows, plan.conv_ring(conv.width), conv.channels, dtype=conv.dtype, device=device
         )
-        self.state: Tensor | None = None
+        self._state: Tensor | None = None
         self.rings: list[Tensor] = []
         self.snapshots: Tensor | None = None
         if shape.state is not None:
-            self.state = torch.zeros(rows, *shape.state.state, dtype=plan.dtype, device=device)
+            self._state = torch.zeros(rows, *shape.state.state, dtype=plan.dtype, device=device)
+            if plan.snapshots:
+                self.snapshots = self._state.new_zeros(rows, plan.snapshot_ring, *shape.state.state)
+            else:
+                self.rings = [
+                    torch.zeros(rows, plan.ring, *each, dtype=dtype, device=device)
+                    for each, dtype in shape.state.records
+                ]
+        self.conv, self.state = self._conv, self._state
+
+    def start(self, readers: int) -> None:
+        """Forget everything: that many prompts are going to be read."""
+        self.conv = _blank(self._conv, readers)
+        self.state = None if self._state is None else _blank(self._state, readers)
 
     def spread(self, rows: Tensor, seq_lens: Tensor) -> None:
         """Once prompts are read: row b continues what row ``rows[b]`` has read. seq_lens: int64 [B]."""
-        self.conv = self.conv[rows]
-        if self.state is None:
+        self._conv.copy_(self.conv[rows])
+        self.conv = self._conv
+        if self._state is None or self.state is None:
             return
-        assert self.shape.state is not None
-        self.state = self.state[rows]
-        count = len(rows)
-        if self._plan.snapshots:
-            ring = self._plan.snapshot_ring
-            self.snapshots = self.state.new_zeros(count, ring, *self.state.shape[1:])
-            self.snapshots[torch.arange(count, device=rows.device), (seq_lens - 1) % ring] = self.state
-        else:
-            self.rings = [
-                torch.zeros(count, self._plan.ring, *shape, dtype=dtype, device=self.state.device)
-                for shape, dtype in self.shape.state.records
-            ]
+        self._state.copy_(self.state[rows])
+        self.state = self._state
+        if self.snapshots is not None:
+            row = torch.arange(len(rows), device=rows.device)
+            self.snapshots[row, (seq_lens - 1) % self.snapshots.shape[1]] = self.state
+
+
+def _blank(kept: Tensor, rows: int) -> Tensor:
+    return kept.zero_() if len(kept) == rows else kept.new_zeros(rows, *kept.shape[1:])
 
 
 class RecurrentPools:
@@ -144,26 +155,35 @@ class RecurrentPools:
     def __init__(
         self,
         shapes: Mapping[int, RecurrentShape],
-        rows: int,
+        seq_lens: Tensor,
         plan: RecurrentPlan,
-        device: torch.device,
+        *,
+        ahead_of_final: bool,
     ) -> None:
+        """``seq_lens``: the rows' own tensor, int64 [B].
+
+        ahead_of_final: lengths will run ahead of what is final, so that final lengths are kept apart.
+        """
+        rows, device = len(seq_lens), seq_lens.device
         self.plan = plan
         self.layers = {index: RecurrentLayer(shape, rows, plan, device) for index, shape in shapes.items()}
         self.reading = True
         self._has_checkpoints = not plan.snapshots and any(shape.state for shape in shapes.values())
-        self.base = torch.zeros(rows, dtype=torch.int64, device=device)
-        self.final_lens = self.base
+        self.base = torch.zeros_like(seq_lens)
+        self.final_lens = torch.zeros_like(seq_lens) if ahead_of_final else seq_lens
 
-    def spread(self, rows: Tensor, seq_lens: Tensor, *, ahead_of_final: bool) -> None:
-        """Once prompts are read, see RecurrentLayer.spread. ``seq_lens``: the rows' own tensor.
+    def start(self, readers: int) -> None:
+        """Forget everything: that many prompts are going to be read."""
+        self.reading = True
+        for layer in self.layers.values():
+            layer.start(readers)
 
-        ahead_of_final: lengths will run ahead of what is final, so that final lengths are kept apart.
-        """
+    def spread(self, rows: Tensor, seq_lens: Tensor) -> None:
+        """Once prompts are read, see RecurrentLayer.spread. seq_lens: int64 [B]."""
         for layer in self.layers.values():
             layer.spread(rows, seq_lens)
-        self.base = seq_lens.clone()
-        self.final_lens = seq_lens.clone() if ahead_of_final else seq_lens
+        self.base.copy_(seq_lens)
+        self.final_lens.copy_(seq_lens)
         self.reading = False
 
     def advance(self) -> None:

@@ -17,8 +17,8 @@ class DecodeState:
     tokens. done: bool [B]; a done row's text no longer changes. eos: int64 [number of EOS ids].
     held_ids, held_until: int64 [n]; a row may not choose ``held_ids[i]`` before it has
     ``held_until[i]`` new tokens. Ids outside the vocabulary stand for nothing.
-    steps: int64 [], steps taken by rows that were not done; accepted: int64 [D - 1], in how many of
-    these draft j of the block was accepted.
+    stopped: bool [B], rows that the host wants no more of. report: int64 [B, 2 + D], what the last step did,
+    see ``specc.runtime.reports``.
     """
 
     text: Tensor
@@ -27,8 +27,8 @@ class DecodeState:
     limits: Tensor
     done: Tensor
     eos: Tensor
-    steps: Tensor
-    accepted: Tensor
+    stopped: Tensor
+    report: Tensor
     held_ids: Tensor
     held_until: Tensor
 
@@ -48,19 +48,48 @@ class DecodeState:
         """Rows that hold their prompts. prompts: int64 [B, q], right-padded; prompt_lens: int64 [B]."""
         rows = prompts.shape[0]
         text = prompts.new_zeros(rows, capacity)
-        text[:, : prompts.shape[1]] = prompts
-        return cls(
+        state = cls(
             text=text,
-            text_lens=prompt_lens.clone(),
-            prompt_lens=prompt_lens,
-            limits=prompt_lens + max_new_tokens,
+            text_lens=torch.empty_like(prompt_lens),
+            prompt_lens=torch.empty_like(prompt_lens),
+            limits=torch.empty_like(prompt_lens),
             done=torch.zeros(rows, dtype=torch.bool, device=text.device),
+            eos=torch.empty_like(eos),
+            stopped=torch.zeros(rows, dtype=torch.bool, device=text.device),
+            report=text.new_zeros(rows, 2 + num_draft_tokens),
+            held_ids=torch.empty_like(held_ids),
+            held_until=torch.empty_like(held_until),
+        )
+        state.restart(
+            prompts,
+            prompt_lens,
+            max_new_tokens=max_new_tokens,
             eos=eos,
-            steps=text.new_zeros(()),
-            accepted=text.new_zeros(num_draft_tokens - 1),
             held_ids=held_ids,
             held_until=held_until,
         )
+        return state
+
+    def restart(
+        self,
+        prompts: Tensor,
+        prompt_lens: Tensor,
+        *,
+        max_new_tokens: int,
+        eos: Tensor,
+        held_ids: Tensor,
+        held_until: Tensor,
+    ) -> None:
+        """Hold other prompts, of as many rows. Every tensor stays where it is."""
+        self.text[:, : prompts.shape[1]] = prompts
+        self.text_lens.copy_(prompt_lens)
+        self.prompt_lens.copy_(prompt_lens)
+        self.limits.copy_(prompt_lens + max_new_tokens)
+        self.done.fill_(False)
+        self.stopped.fill_(False)
+        self.eos.copy_(eos)
+        self.held_ids.copy_(held_ids)
+        self.held_until.copy_(held_until)
 
     def last_tokens(self, count: int) -> Tensor:
         """The last ``count`` tokens of each row, int64 [B, count]; rows must be that long."""

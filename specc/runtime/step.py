@@ -10,9 +10,10 @@ import torch
 
 from specc.lowerings import accept_greedy, greedy_select
 from specc.options import Options
-from specc.runtime.acceptance import commit, count_step, target_choice
+from specc.runtime.acceptance import commit, target_choice
 from specc.runtime.drafters import Drafter
 from specc.runtime.model import BoundModel
+from specc.runtime.reports import write_report
 from specc.runtime.state import DecodeState
 
 
@@ -42,7 +43,7 @@ def speculative_step(state: DecodeState, target: BoundModel, drafter: Drafter, o
     logits = target(candidates)
     choice = target_choice(state, logits, ops.select)
     num_correct, _ = ops.accept(candidates, choice)
-    count_step(state, num_correct)
     committed = commit(state, choice, num_correct)
+    write_report(state, choice, num_correct, committed)
     target.cache.rows.seq_lens.copy_(state.text_lens - 1)
     drafter.observe(state, committed)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import specc
-from specc.runtime import step
+from specc.runtime import reports
 from tests.recurrent import FAMILIES, build, prompt
 from tests.runtime.test_recurrent_equality import inputs
 
@@ -71,7 +71,7 @@ def test_nothing_drifts_over_4000_tokens_in_bfloat16(
     model = wide(family, max_position_embeddings=8192).to("cuda", torch.bfloat16)
     ids = prompt(2, 12).cuda()
     steps: list[torch.Tensor] = []
-    monkeypatch.setattr(step, "count_step", lambda state, correct: steps.append(correct.clone()))
+    monkeypatch.setattr(reports.Tally, "count", lambda self, report: steps.append(report.num_correct))
     output = speculate(
         model,
         {"input_ids": ids, "attention_mask": torch.ones_like(ids)},

@@ -93,3 +93,20 @@ def test_refuses_where_nothing_beats_aten() -> None:
     assert "float32" in refusal(result)
     _, result = rewritten(torch.nn.functional.linear, X, W, providers={"linear": "reference"})
     assert "reference" in refusal(result)
+
+
+@pytest.mark.parametrize(("rows", "slices"), [(32, False), (33, True), (100, True)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_exact_products_of_many_rows_take_them_in_slices(rows: int, slices: bool, bias: bool) -> None:
+    inputs = (torch.randn(rows, 4), W, *([B] if bias else []))
+    gm, result = rewritten(torch.nn.functional.linear, *inputs, exact=True)
+    assert result.matched == 1
+    assert count(gm, torch.ops.specc.linear.in_slices) == slices
+    torch.testing.assert_close(gm(*inputs), torch.nn.functional.linear(*inputs))
+
+
+def test_a_provider_that_is_asked_for_comes_before_exactness() -> None:
+    gm, _ = rewritten(
+        torch.nn.functional.linear, torch.randn(40, 4), W, exact=True, providers={"linear": "onednn"}
+    )
+    assert count(gm, torch.ops.specc.linear.default) == 1

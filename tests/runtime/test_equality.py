@@ -181,3 +181,21 @@ def test_learned_positions_end_where_the_context_ends() -> None:
 def test_a_second_call_starts_afresh() -> None:
     first, second = (speculate("gemma3", 4, "ngram").sequences for _ in range(2))
     assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_exact_blocks_of_one_are_fed_as_blocks_of_two(how: str) -> None:
+    """Kernels for one row round differently from those for more; the second token is ignored."""
+    options = {"inductor": False, "exact": True}
+    settings = {**HOW[how], "options": options, "num_draft_tokens": 1}
+    output = specc.generate(
+        tiny("llama"),
+        **prompt(4, WIDTH),
+        draft="ngram",
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        return_dict_in_generate=True,
+        **settings,
+    )
+    assert torch.equal(output.sequences, plain("llama", 4))
+    assert output.speculation.mean_accepted_length == 1

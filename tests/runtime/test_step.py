@@ -10,11 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specc.lowerings import greedy_select
-from specc.runtime.acceptance import commit, count_step, target_choice
-from specc.runtime.device_graph import EagerGraph, device_graph
+from specc.runtime.acceptance import commit, target_choice
+from specc.runtime.device_graph import DirectLink, EagerGraph, device_graph
 from specc.runtime.drafters.ngram import lookup
 from specc.runtime.drain import Drain
 from specc.runtime.masks import MaskPlan
+from specc.runtime.reports import StepReport, Tally, write_report
 from specc.runtime.state import DecodeState
 
 FAST = settings(max_examples=150, deadline=None)
@@ -92,12 +93,18 @@ def test_commit(data: st.DataObject) -> None:
     correct = [data.draw(st.integers(0, width - 1)) for _ in range(rows)]
     state = state_of(prompts, done, limits, eos, width)
 
-    count_step(state, torch.tensor(correct))
     run = commit(state, torch.tensor(choice), torch.tensor(correct))
+    write_report(state, torch.tensor(choice), torch.tensor(correct), run)
 
+    report = StepReport.of(state.report)
+    assert report.tokens.tolist() == choice
+    assert report.committed.tolist() == run.tolist()
     live = [row for row in range(rows) if not done[row]]
-    assert int(state.steps) == len(live)
-    assert state.accepted.tolist() == [sum(correct[r] > j for r in live) for j in range(width - 1)]
+    tally = Tally(width)
+    tally.count(report)
+    assert tally.steps == len(live)
+    shares = [sum(correct[r] > j for r in live) / max(len(live), 1) for j in range(width - 1)]
+    assert tally.acceptance == shares
     for row in range(rows):
         text, stopped = commit_in_python(prompts[row], done[row], limits[row], eos, choice[row], correct[row])
         length = int(state.text_lens[row])
@@ -158,15 +165,20 @@ def test_drain_is_plain_decodings_loop(data: st.DataObject, pads: bool) -> None:
     stops = {row: prompt + data.draw(st.integers(1, total)) for row in range(rows)}
     tokens = torch.arange(rows * total).reshape(rows, total) + 100
     criterion = Counter(stops, eos=pads)
-    drain = Drain(torch.ones(rows, prompt, dtype=torch.int64), total, Criteria([criterion]), 7, None)
+    prompts = torch.ones(rows, prompt, dtype=torch.int64)
+    link = DirectLink(prompts.device)
+    drain = Drain(prompts, total, Criteria([criterion]), 7, None, link)
     counts = torch.zeros(rows, dtype=torch.int64)
+    block = torch.arange(5)
     while not drain.finished:
-        gained = data.draw(st.lists(SMALL, min_size=rows, max_size=rows))
-        counts = (counts + torch.tensor(gained)).clamp(max=total)
-        slowest = counts.argmin()
-        counts[slowest] = min(int(counts[slowest]) + 1, total)
-        scrambled = torch.where(torch.arange(total) < counts[:, None], tokens, -5)
-        drain.take(scrambled, counts)
+        gained = torch.tensor(data.draw(st.lists(SMALL, min_size=rows, max_size=rows)))
+        gained[counts.argmin()] += 1
+        gained = torch.minimum(gained, total - counts)
+        assert drain.most_steps_left == int((total - counts)[~drain.stopped_rows].max())
+        behind = (counts[:, None] + block).clamp(max=total - 1)
+        blocks = torch.where(block < gained[:, None], tokens.gather(1, behind), -5)
+        drain.take(StepReport(torch.zeros(rows, dtype=torch.int64), gained, blocks))
+        counts += gained
     length = max(stops.values())
     assert drain.sequences.shape[1] == length
     assert criterion.calls == length - prompt
@@ -244,3 +256,38 @@ def test_criteria_that_never_end_are_an_error_and_no_endless_loop() -> None:
     )
     with torch.no_grad(), pytest.raises(SpeccError, match="every row has ended"):
         run(request)
+
+
+@pytest.mark.parametrize("eos", [(), (7, 11)])
+def test_results_do_not_depend_on_how_many_steps_are_queued(eos: tuple[int, ...]) -> None:
+    """Rows that a criterion of the user's stops go on for a while on the device; nobody gets to see it."""
+    import dataclasses
+
+    import specc
+    from tests.families import noisy_copy, prompt, tiny
+
+    class ThirdRowStops:
+        def __call__(self, ids: torch.Tensor, scores: Any) -> torch.Tensor:
+            return torch.tensor([row == 2 and ids.shape[1] >= 25 for row in range(ids.shape[0])])
+
+    def outcome(**settings: Any) -> Any:
+        output = specc.generate(
+            tiny("llama"),
+            **prompt(4),
+            draft=noisy_copy("llama"),
+            max_new_tokens=40,
+            do_sample=False,
+            return_dict_in_generate=True,
+            compile=False,
+            stopping_criteria=[ThirdRowStops()],
+            eos_token_id=list(eos) or None,
+            pad_token_id=0,
+            **settings,
+        )
+        told = dataclasses.asdict(output.speculation)
+        counts = ("steps", "new_tokens", "mean_accepted_length", "acceptance")
+        return output.sequences.tolist(), [told[name] for name in counts]
+
+    one = outcome(steps_ahead=1)
+    for ahead in (2, 3, 7):
+        assert outcome(steps_ahead=ahead) == one

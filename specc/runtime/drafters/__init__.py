@@ -6,11 +6,24 @@ from typing import Protocol
 
 from torch import Tensor
 
+from specc.runtime.pages import Rows
 from specc.runtime.state import DecodeState
 
 
 class Drafter(Protocol):
-    """``prefill`` once per batch; ``propose`` and ``observe`` once per step, both capturable."""
+    """``prefill`` once per batch; ``propose`` and ``observe`` once per step, both capturable.
+
+    A drafter may serve one batch after another: ``seat`` comes before each but the first.
+    """
+
+    def fits(self, rows: Rows) -> bool:
+        """Whether as many rows as these find room in what the drafter keeps."""
+
+    def seat(self, rows: Rows, last_position: int) -> None:
+        """Begin anew with these rows. Every tensor that ``propose`` reads stays where it is."""
+
+    def unchanged(self) -> bool:
+        """Whether what ``propose`` runs is still what would be compiled now."""
 
     def prefill(self, prompts: Tensor, prompt_lens: Tensor) -> None:
         """Read the prompts, int64 [B, q] left-padded, of lengths prompt_lens int64 [B]."""

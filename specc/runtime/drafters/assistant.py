@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from specc.runtime.model import BoundModel
+from specc.runtime.pages import Rows
 from specc.runtime.state import DecodeState
 
 FED = 2
@@ -21,6 +22,15 @@ class AssistantDrafter:
     def __init__(self, assistant: BoundModel, num_drafts: int) -> None:
         self._assistant = assistant
         self._num_drafts = num_drafts
+
+    def fits(self, rows: Rows) -> bool:
+        return self._assistant.fits(rows)
+
+    def seat(self, rows: Rows, last_position: int) -> None:
+        self._assistant.seat(rows, last_position)
+
+    def unchanged(self) -> bool:
+        return self._assistant.unchanged()
 
     def prefill(self, prompts: Tensor, prompt_lens: Tensor) -> None:
         # Without the last token, which the first draft feeds: a recurrent state cannot forget it again.

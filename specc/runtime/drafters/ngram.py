@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from specc.runtime.pages import Rows
 from specc.runtime.state import DecodeState
 
 MAX_NGRAM = 3
@@ -20,6 +21,15 @@ class NGramDrafter:
     def __init__(self, num_drafts: int, max_ngram: int = MAX_NGRAM) -> None:
         self._num_drafts = num_drafts
         self._max_ngram = max_ngram
+
+    def fits(self, rows: Rows) -> bool:
+        return True
+
+    def seat(self, rows: Rows, last_position: int) -> None:
+        """Nothing is kept."""
+
+    def unchanged(self) -> bool:
+        return True
 
     def prefill(self, prompts: Tensor, prompt_lens: Tensor) -> None:
         """The text is all there is to know."""

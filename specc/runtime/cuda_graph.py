@@ -1,0 +1,191 @@
+"""Steps as CUDA graphs, and as HIP graphs: torch calls both ``torch.cuda.CUDAGraph``."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import ctypes
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from specc import compat
+from specc.errors import StepCaptureError
+
+log = logging.getLogger(__name__)
+
+# Captures change what the allocator and the libraries do for a whole device.
+_capturing = threading.Lock()
+
+
+class CudaGraph:
+    """A program captured on a stream of its own, whose memory lies in a pool that all captures share.
+
+    Sharing is safe because nothing that a program allocates outlives its replay, and because replays
+    follow each other on the stream that was current at capture.
+    """
+
+    frozen: ClassVar[bool] = True
+
+    def __init__(self) -> None:
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self.num_nodes: int | None = None
+
+    def capture(self, program: Callable[[], None]) -> None:
+        self.reset()
+        with _capturing:
+            current = torch.cuda.current_stream()
+            place = _place(current)
+            place.stream.wait_stream(current)
+            with torch.cuda.stream(place.stream):
+                # Kernels are loaded and the libraries' workspaces made before, not while capturing.
+                program()
+                place.stream.synchronize()
+                graph = _captured(program, place.pool)
+            current.wait_stream(place.stream)
+        self.num_nodes = _count_nodes(graph)
+        graph.instantiate()
+        self._graph = graph
+        log.info("captured a step of %s nodes", self.num_nodes)
+
+    def replay(self) -> None:
+        if self._graph is None:
+            raise RuntimeError("replay before capture: call capture(program) first")
+        self._graph.replay()
+
+    def reset(self) -> None:
+        self._graph = None
+        self.num_nodes = None
+
+
+def _captured(program: Callable[[], None], pool: Any) -> torch.cuda.CUDAGraph:
+    graph = torch.cuda.CUDAGraph(keep_graph=True)
+    # Other threads may go on using the device meanwhile.
+    graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+    try:
+        program()
+    except RuntimeError as error:
+        _abandon(graph, pool)
+        raise _refusal(error, f"{compat.innermost_line(error)}: ") from error
+    except BaseException:
+        _abandon(graph, pool)
+        raise
+    try:
+        graph.capture_end()
+    except RuntimeError as error:
+        raise _refusal(error, "") from error
+    return graph
+
+
+def _refusal(error: Exception, where: str) -> StepCaptureError:
+    return StepCaptureError(
+        f"the step cannot be captured as one device graph: {where}{compat.first_line(error)}. "
+        f'device_graph="try" runs it without one where that happens, device_graph="off" always.'
+    )
+
+
+def _abandon(graph: torch.cuda.CUDAGraph, pool: Any) -> None:
+    """End a capture that an error may have invalidated; its pool takes no more captures."""
+    try:
+        graph.capture_end()
+    except RuntimeError:
+        compat.end_allocations(torch.cuda.current_device(), pool)
+    for key, place in list(_PLACES.items()):
+        if place.pool == pool:
+            del _PLACES[key]
+
+
+def _touch() -> None:
+    torch.zeros(1, device="cuda")
+
+
+class _Place:
+    """A stream to capture on and a memory pool for what is captured."""
+
+    def __init__(self) -> None:
+        self.stream = torch.cuda.Stream()
+        self.pool = torch.cuda.graph_pool_handle()
+        # A pool dies with the last graph in it, and its handle is of no use from then on.
+        with torch.cuda.stream(self.stream):
+            self._anchor = _captured(_touch, self.pool)
+
+
+_PLACES: dict[tuple[int, int], _Place] = {}
+
+
+def _place(current: torch.cuda.Stream) -> _Place:
+    """Where to capture what will be replayed on ``current``."""
+    key = current.device_index, current.cuda_stream
+    if key not in _PLACES:
+        _PLACES[key] = _Place()
+    return _PLACES[key]
+
+
+def release_pools() -> None:
+    """Give back the memory that captures share; graphs still held keep theirs."""
+    _PLACES.clear()
+
+
+def current_queue(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream
+
+
+_NODE_COUNTERS = {
+    "cuda": ("libcuda.so.1", "cuGraphGetNodes"),
+    "hip": ("libamdhip64.so", "hipGraphGetNodes"),
+}
+
+
+def _count_nodes(graph: torch.cuda.CUDAGraph) -> int | None:
+    library, name = _NODE_COUNTERS["cuda" if torch.version.hip is None else "hip"]
+    try:
+        count_nodes = getattr(ctypes.CDLL(library), name)
+    except (OSError, AttributeError):
+        log.info("%s has no %s: the step's nodes are not counted", library, name)
+        return None
+    count = ctypes.c_size_t()
+    status = count_nodes(ctypes.c_void_p(graph.raw_cuda_graph()), None, ctypes.byref(count))
+    return count.value if status == 0 else None
+
+
+class CudaLink:
+    """Reports go to pinned memory on the stream of the steps, each with an event behind it."""
+
+    # One runs while the host looks at the one before.
+    steps_ahead = 2
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._sent: collections.deque[tuple[Tensor, torch.cuda.Event]] = collections.deque()
+        self._free: list[Tensor] = []
+        self._side = torch.cuda.Stream(device)
+        self._side.wait_stream(torch.cuda.current_stream(device))
+
+    def send(self, report: Tensor) -> None:
+        target = self._free.pop() if self._free else torch.empty_like(report, device="cpu", pin_memory=True)
+        target.copy_(report, non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record(torch.cuda.current_stream(self._device))
+        self._sent.append((target, arrived))
+
+    def receive(self) -> Tensor:
+        pinned, arrived = self._sent.popleft()
+        arrived.synchronize()
+        report = pinned.clone()
+        self._free.append(pinned)
+        return report
+
+    def discard(self) -> None:
+        self._sent.clear()
+
+    def upload(self, values: Tensor, target: Tensor) -> None:
+        target.copy_(values.pin_memory(), non_blocking=True)
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        with torch.cuda.stream(self._side):
+            yield

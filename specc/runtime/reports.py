@@ -1,0 +1,60 @@
+"""What a step tells the host: for each row, how many drafts were right and which tokens it committed."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from specc.runtime.state import DecodeState
+
+
+def write_report(state: DecodeState, choice: Tensor, num_correct: Tensor, committed: Tensor) -> None:
+    """Leave a step's outcome in ``state.report``. choice: int64 [B, up to D]; the others int64 [B]."""
+    width = 2 + choice.shape[1]
+    torch.cat([num_correct[:, None], committed[:, None], choice], dim=1, out=state.report[:, :width])
+
+
+@dataclasses.dataclass(frozen=True)
+class StepReport:
+    """A report on the host. num_correct, committed: int64 [B]; tokens: int64 [B, D].
+
+    Of ``tokens`` the first ``committed`` count. A row that was done before the step commits none.
+    """
+
+    num_correct: Tensor
+    committed: Tensor
+    tokens: Tensor
+
+    @classmethod
+    def of(cls, report: Tensor) -> StepReport:
+        return cls(report[:, 0], report[:, 1], report[:, 2:])
+
+    def without(self, rows: Tensor) -> StepReport:
+        """As if these rows, bool [B], had been done before."""
+        return dataclasses.replace(self, committed=self.committed.masked_fill(rows, 0))
+
+
+class Tally:
+    """Adds up reports. A step counts once for each row that committed something in it."""
+
+    def __init__(self, num_draft_tokens: int) -> None:
+        self.steps = 0
+        self.committed = 0
+        self._accepted = torch.zeros(num_draft_tokens - 1, dtype=torch.int64)
+
+    def count(self, report: StepReport) -> None:
+        live = report.committed > 0
+        drafts = torch.arange(self._accepted.shape[0])
+        self.steps += int(live.sum())
+        self.committed += int(report.committed.sum())
+        self._accepted += (report.num_correct[live, None] > drafts).sum(dim=0)
+
+    @property
+    def mean_accepted_length(self) -> float:
+        return self.committed / max(self.steps, 1)
+
+    @property
+    def acceptance(self) -> list[float]:
+        return [count / max(self.steps, 1) for count in self._accepted.tolist()]

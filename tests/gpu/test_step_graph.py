@@ -1,0 +1,220 @@
+"""The whole step as one CUDA graph: the same tokens, nothing that stops the host, clear refusals."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+import specc
+from specc.runtime import session
+from tests.families import FAMILIES, noisy_copy, prompt, tiny
+from tests.gpu.test_recurrent import noisy, wide
+from tests.runtime.test_recurrent_equality import inputs as recurrent_inputs
+
+CAPTURED = {"inductor": False}
+NEW_TOKENS = 64
+# In float32 transformers multiplies its experts one by one, and asks the host how many there are.
+READ_BACK = dict.fromkeys(("mixtral", "gpt_oss", "deepseek_v3"), r"transformers.*moe\.py:.*tolist")
+
+
+@pytest.fixture(autouse=True)
+def _exact_products() -> Any:
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def on_cuda(model: Any) -> Any:
+    return copy.deepcopy(model).cuda()
+
+
+def inputs(rows: int, width: int = 12) -> dict[str, torch.Tensor]:
+    return {name: value.cuda() for name, value in prompt(rows, width).items()}
+
+
+def speculate(model: Any, given: dict[str, torch.Tensor], draft: Any, **settings: Any) -> Any:
+    wanted = {"max_new_tokens": NEW_TOKENS, "num_draft_tokens": 4, "options": CAPTURED, **settings}
+    return specc.generate(
+        model, **given, draft=draft, do_sample=False, return_dict_in_generate=True, **wanted
+    )
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tokens_equal_plain_decoding(family: str, rows: int, fresh_compiler: None) -> None:
+    model, given = on_cuda(tiny(family)), inputs(rows)
+    expected = model.generate(**given, max_new_tokens=NEW_TOKENS, do_sample=False)
+    if family in READ_BACK:
+        with pytest.raises(specc.SpeccError, match=READ_BACK[family]):
+            speculate(model, given, "ngram")
+        return
+    for draft in ("ngram", on_cuda(noisy_copy(family))):
+        output = speculate(model, given, draft)
+        assert output.speculation.graph_nodes
+        assert torch.equal(output.sequences, expected)
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("lowering", ["replay", "snapshot"])
+@pytest.mark.parametrize("family", ["qwen3_5", "mamba2", "lfm2", "falcon_h1"])
+def test_tokens_of_recurrent_models_equal_plain_decoding(
+    family: str, lowering: str, rows: int, fresh_compiler: None
+) -> None:
+    model = wide(family).cuda()
+    given = {name: value.cuda() for name, value in recurrent_inputs(rows).items()}
+    expected = model.generate(**given, max_new_tokens=NEW_TOKENS, do_sample=False)
+    for draft in ("ngram", noisy(model)):
+        output = speculate(model, given, draft, options={**CAPTURED, "state_commit": lowering})
+        assert output.speculation.graph_nodes
+        assert torch.equal(output.sequences, expected)
+
+
+@pytest.mark.parametrize("kind", ["ngram", "assistant"])
+def test_inductors_kernels_are_captured_too(kind: str, fresh_compiler: None) -> None:
+    model, given = on_cuda(tiny("llama")), inputs(4)
+    draft = "ngram" if kind == "ngram" else on_cuda(noisy_copy("llama"))
+    expected = model.generate(**given, max_new_tokens=NEW_TOKENS, do_sample=False)
+    assert torch.equal(speculate(model, given, draft, options={}).sequences, expected)
+
+
+def outcome(output: Any) -> Any:
+    """What must not depend on time."""
+    kept = ("steps", "new_tokens", "mean_accepted_length", "acceptance")
+    return output.sequences.tolist(), [dataclasses.asdict(output.speculation)[name] for name in kept]
+
+
+def test_results_do_not_depend_on_how_steps_are_run(fresh_compiler: None) -> None:
+    """EOS in the middle of blocks, rows of different ends, up to 5 steps queued, with and without a graph."""
+    model, draft, given = on_cuda(tiny("llama")), on_cuda(noisy_copy("llama")), inputs(4)
+    plain = model.generate(**given, max_new_tokens=NEW_TOKENS, do_sample=False)
+    eos = [int(plain[0, 20]), int(plain[2, 33])]
+    settings: dict[str, Any] = {"eos_token_id": eos, "pad_token_id": 0}
+    expected = model.generate(**given, max_new_tokens=NEW_TOKENS, do_sample=False, **settings)
+    first = speculate(model, given, draft, steps_ahead=1, **settings)
+    assert torch.equal(first.sequences, expected)
+    for ahead in (2, 3, 5):
+        assert outcome(speculate(model, given, draft, steps_ahead=ahead, **settings)) == outcome(first)
+    assert outcome(speculate(model, given, draft, device_graph="off", **settings)) == outcome(first)
+    assert outcome(speculate(model, given, draft, compile=False, **settings))[0] == outcome(first)[0]
+
+
+@pytest.fixture
+def no_syncs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Any synchronisation that torch knows of is an error inside the loop; profiles of it are collected."""
+    run = session._Loop._run
+    profiles: list[Any] = []
+
+    def watched(self: Any) -> None:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
+                run(self)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        profiles.append(seen)
+
+    monkeypatch.setattr(session._Loop, "_run", watched)
+    return profiles
+
+
+SYNCHRONISING = ("cudaStreamSynchronize", "cudaMemcpy", "cudaMalloc", "cudaFree")
+
+
+@pytest.mark.parametrize("kind", ["ngram", "assistant"])
+def test_nothing_in_the_loop_stops_the_host(kind: str, no_syncs: list[Any], fresh_compiler: None) -> None:
+    model = on_cuda(tiny("llama"))
+    draft = "ngram" if kind == "ngram" else on_cuda(noisy_copy("llama"))
+    output = speculate(model, inputs(4), draft, eos_token_id=[3], pad_token_id=0)
+    calls = {event.key: event.count for event in no_syncs[0].key_averages()}
+    print({name: count for name, count in calls.items() if name.startswith("cuda")})
+    # A profile synchronises once itself, when it ends.
+    assert calls.pop("cudaDeviceSynchronize", 0) <= 1
+    assert not [name for name in SYNCHRONISING if name in calls]
+    assert calls["cudaGraphLaunch"] <= output.speculation.steps + 2
+
+
+# Prompt lookup, acceptance and bookkeeping; a forward; each draft of an assistant.
+@pytest.mark.parametrize(("kind", "most"), [("ngram", 200), ("assistant", 320)])
+def test_the_step_does_not_grow(kind: str, most: int, fresh_compiler: None) -> None:
+    """Nodes of a step of a model of two layers with Inductor's kernels."""
+    model = on_cuda(tiny("llama"))
+    draft = "ngram" if kind == "ngram" else on_cuda(noisy_copy("llama"))
+    nodes = speculate(model, inputs(1), draft, options={}).speculation.graph_nodes
+    print(f"{kind}: {nodes} nodes")
+    assert nodes is not None
+    assert nodes <= most
+
+
+@torch.library.custom_op("specc_tests::reads_back", mutates_args=())
+def reads_back(x: torch.Tensor) -> torch.Tensor:
+    return x * float(x.abs().max() >= 0)
+
+
+@reads_back.register_fake
+def _(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+class ReadsBack(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return reads_back(x)
+
+
+def test_a_step_that_cannot_be_captured_is_refused_by_name(fresh_compiler: None) -> None:
+    model, given = on_cuda(tiny("llama")), inputs(1)
+    expected = model.generate(**given, max_new_tokens=NEW_TOKENS, do_sample=False)
+    model.model.norm = torch.nn.Sequential(model.model.norm, ReadsBack())
+    with pytest.raises(specc.SpeccError, match=r"one device graph: .*x\.abs\(\)\.max\(\) >= 0"):
+        speculate(model, given, "ngram")
+    output = speculate(model, given, "ngram", device_graph="try")
+    assert output.speculation.graph_nodes is None
+    assert torch.equal(output.sequences, expected)
+    other = speculate(on_cuda(tiny("llama")), given, "ngram")
+    assert other.speculation.graph_nodes
+    assert torch.equal(other.sequences, expected)
+
+
+def test_a_thousand_calls_take_no_more_memory_than_ten(fresh_compiler: None) -> None:
+    model, given = on_cuda(tiny("llama")), inputs(2)
+    taken = []
+    for call in range(1000):
+        speculate(model, given, "ngram", max_new_tokens=4)
+        if call in (9, 999):
+            torch.cuda.synchronize()
+            taken.append((torch.cuda.memory_allocated(), torch.cuda.memory_reserved()))
+    assert taken[0] == taken[1]
+
+
+def test_two_models_take_turns(fresh_compiler: None) -> None:
+    models = [on_cuda(tiny("llama")), on_cuda(tiny("gemma3"))]
+    given = inputs(2)
+    expected = [each.generate(**given, max_new_tokens=NEW_TOKENS, do_sample=False) for each in models]
+    for _ in range(2):
+        for model, tokens in zip(models, expected, strict=True):
+            assert torch.equal(speculate(model, given, "ngram").sequences, tokens)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_two_threads(shared: bool, fresh_compiler: None) -> None:
+    """Each on the default stream, on one model or on two."""
+    first = on_cuda(tiny("llama"))
+    models = [first, first if shared else on_cuda(tiny("gemma3"))]
+    given = [inputs(1), inputs(3)]
+    expected = [
+        model.generate(**each, max_new_tokens=NEW_TOKENS, do_sample=False)
+        for model, each in zip(models, given, strict=True)
+    ]
+
+    def work(index: int) -> list[Any]:
+        return [speculate(models[index], given[index], "ngram").sequences for _ in range(5)]
+
+    with ThreadPoolExecutor(2) as pool:
+        for results, tokens in zip(pool.map(work, range(2)), expected, strict=True):
+            assert all(torch.equal(each, tokens) for each in results)

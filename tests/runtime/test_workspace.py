@@ -1,0 +1,231 @@
+"""A captured step serves the batches after its own: what is read anew, and when it is captured again."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import logging
+import weakref
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import pytest
+import torch
+
+import specc
+from specc.runtime import device_graph, workspace
+from tests import recurrent
+from tests.families import noisy_copy, tiny
+
+VOCAB = 90
+
+
+class FrozenGraph:
+    """Replays what it was given at capture and asks nobody, as graphs of a device do."""
+
+    captures: ClassVar[int] = 0
+    frozen: ClassVar[bool] = True
+
+    def __init__(self) -> None:
+        self.num_nodes: int | None = 1
+        self._program: Callable[[], None] | None = None
+
+    def capture(self, program: Callable[[], None]) -> None:
+        FrozenGraph.captures += 1
+        # Kernels run once before a capture; rows that are done must not move.
+        program()
+        self._program = program
+
+    def replay(self) -> None:
+        assert self._program is not None
+        self._program()
+
+    def reset(self) -> None:
+        self._program = None
+
+
+@pytest.fixture(autouse=True)
+def _frozen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(device_graph.GRAPHS, "cpu", FrozenGraph)
+    FrozenGraph.captures = 0
+    workspace.reset()
+
+
+def batch(*lens: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Left-padded random prompts of these lengths."""
+    torch.manual_seed(seed)
+    width = max(lens)
+    ids = torch.randint(3, VOCAB, (len(lens), width))
+    mask = torch.arange(width) >= width - torch.tensor(lens)[:, None]
+    return {"input_ids": ids * mask, "attention_mask": mask.long()}
+
+
+def speculate(model: Any, given: dict[str, torch.Tensor], draft: Any = "ngram", **settings: Any) -> Any:
+    settings = {"max_new_tokens": 24, "num_draft_tokens": 4, "options": {"inductor": False}, **settings}
+    return specc.generate(
+        model, **given, draft=draft, do_sample=False, return_dict_in_generate=True, **settings
+    )
+
+
+def check(model: Any, given: dict[str, torch.Tensor], draft: Any = "ngram", **settings: Any) -> None:
+    plain = {"max_new_tokens": 24, **settings}
+    expected = model.generate(**given, do_sample=False, **plain)
+    assert torch.equal(speculate(model, given, draft, **settings).sequences, expected)
+
+
+def drafts(model: Any, kind: str) -> Any:
+    return "ngram" if kind == "ngram" else noisy_copy("llama")
+
+
+@pytest.mark.parametrize("kind", ["ngram", "assistant"])
+def test_batches_of_a_kind_share_one_step(kind: str) -> None:
+    """Other prompts, lengths, limits and ends; then rows of one prompt, which need fewer pages."""
+    model = copy.deepcopy(tiny("llama"))
+    draft = drafts(model, kind)
+    check(model, batch(9, 5), draft)
+    check(model, batch(3, 17, seed=1), draft)
+    check(model, batch(30, 2, seed=2), draft, max_new_tokens=40)
+    check(model, batch(4, 4, seed=3), draft, max_new_tokens=2)
+    same = {name: value.repeat(2, 1) for name, value in batch(11, seed=4).items()}
+    check(model, same, draft)
+    check(model, batch(9, 5), draft)
+    assert FrozenGraph.captures == 1
+
+
+def test_ids_that_end_a_row_are_read_anew() -> None:
+    model = copy.deepcopy(tiny("llama"))
+    given = batch(9, 5)
+    plain = model.generate(**given, do_sample=False, max_new_tokens=24)
+    for column in (12, 15):
+        check(model, given, eos_token_id=int(plain[0, column]), pad_token_id=0)
+    assert FrozenGraph.captures == 1
+
+
+@pytest.mark.parametrize(("family", "lowering"), [("qwen3_5", "replay"), ("falcon_h1", "snapshot")])
+def test_recurrent_states_are_read_anew(family: str, lowering: str) -> None:
+    model = recurrent.build(family)
+    options = {"inductor": False, "state_commit": lowering}
+    one = {"input_ids": recurrent.prompt(2, 12), "attention_mask": torch.ones(2, 12, dtype=torch.int64)}
+    other = {
+        "input_ids": recurrent.prompt(2, 7, seed=8),
+        "attention_mask": torch.ones(2, 7, dtype=torch.int64),
+    }
+    same = {name: value[:1].repeat(2, 1) for name, value in one.items()}
+    for given in (one, other, same, one):
+        expected = model.generate(**given, do_sample=False, max_new_tokens=24)
+        assert torch.equal(speculate(model, given, model, options=options).sequences, expected)
+    assert FrozenGraph.captures == 1
+
+
+def test_another_kind_of_batch_has_a_step_of_its_own() -> None:
+    model = copy.deepcopy(tiny("llama"))
+    check(model, batch(9, 5))
+    assert speculate(model, batch(9, 5), num_draft_tokens=3).speculation.capture_seconds > 0
+    assert speculate(model, batch(9, 5), noisy_copy("llama"), num_draft_tokens=3).sequences.shape[1] == 33
+    check(model, batch(9, 5, 4))
+    check(model, batch(9, 5), max_new_tokens=600)
+    assert FrozenGraph.captures == 5
+
+
+def moved(model: Any) -> None:
+    weight = model.model.layers[1].mlp.down_proj.weight
+    weight.data = weight.data * 1.5
+
+
+def rescaled(model: Any) -> None:
+    """No tensor tells: torch's guards do."""
+    model.model.layers[0].self_attn.scaling *= 1.7
+
+
+def replaced(model: Any) -> None:
+    torch.manual_seed(5)
+    model.lm_head = torch.nn.Linear(model.lm_head.in_features, model.lm_head.out_features, bias=False).eval()
+
+
+@pytest.mark.parametrize("change", [moved, rescaled, replaced])
+def test_a_model_that_has_changed_is_captured_again(change: Callable[[Any], None]) -> None:
+    model, given = copy.deepcopy(tiny("llama")), batch(9, 5)
+    check(model, given)
+    before = speculate(model, given).sequences
+    change(model)
+    check(model, given)
+    assert not torch.equal(speculate(model, given).sequences, before), "the change must show"
+    assert FrozenGraph.captures == 2
+
+
+def test_weights_changed_in_place_need_no_capture() -> None:
+    model, given = copy.deepcopy(tiny("llama")), batch(9, 5)
+    check(model, given)
+    with torch.no_grad():
+        model.lm_head.weight.add_(torch.randn_like(model.lm_head.weight))
+    check(model, given)
+    assert FrozenGraph.captures == 1
+
+
+def test_torchs_reset_lets_go() -> None:
+    model, given = copy.deepcopy(tiny("llama")), batch(9, 5)
+    check(model, given)
+    torch.compiler.reset()
+    check(model, given)
+    assert FrozenGraph.captures == 2
+
+
+class Breaks:
+    """A streamer that fails at its third token."""
+
+    def __init__(self) -> None:
+        self.left = 4
+
+    def put(self, value: torch.Tensor) -> None:
+        self.left -= 1
+        if not self.left:
+            raise ZeroDivisionError
+
+    def end(self) -> None: ...
+
+
+def test_a_call_that_was_broken_off_leaves_nothing_behind() -> None:
+    model, given = copy.deepcopy(tiny("llama")), batch(9)
+    check(model, given)
+    with pytest.raises(ZeroDivisionError):
+        speculate(model, given, streamer=Breaks(), steps_ahead=3)
+    check(model, given)
+
+
+def test_steps_that_nobody_waited_for_do_not_reach_the_next_call() -> None:
+    model, given = copy.deepcopy(tiny("llama")), batch(9, 5)
+    plain = model.generate(**given, do_sample=False, max_new_tokens=24)
+    ends = {"eos_token_id": int(plain[1, 11]), "pad_token_id": 0}
+    expected = model.generate(**given, do_sample=False, max_new_tokens=24, **ends)
+    for _ in range(3):
+        assert torch.equal(speculate(model, given, steps_ahead=4, **ends).sequences, expected)
+    assert FrozenGraph.captures == 1
+
+
+def test_what_is_kept_dies_with_its_model() -> None:
+    model = copy.deepcopy(tiny("llama"))
+    draft = copy.deepcopy(noisy_copy("llama"))
+    speculate(model, batch(9, 5), draft)
+    kept = weakref.ref(next(iter(workspace._KEPT.values())))
+    gone = weakref.ref(draft)
+    del draft
+    gc.collect()
+    assert gone() is None, "a draft must not be kept alive by what it drafted for"
+    assert kept() is not None
+    del model
+    gc.collect()
+    assert kept() is None
+
+
+def test_while_debugging_a_weight_that_moves_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    model = copy.deepcopy(tiny("llama"))
+
+    class Moves:
+        def put(self, value: torch.Tensor) -> None:
+            moved(model)
+
+        def end(self) -> None: ...
+
+    refused = pytest.raises(specc.SpeccError, match=r"model\.layers\.1\.mlp\.down_proj\.weight was moved")
+    with caplog.at_level(logging.DEBUG, "specc.runtime.session"), refused:
+        speculate(model, batch(9), streamer=Moves())
