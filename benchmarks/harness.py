@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import importlib.metadata
 import json
 import math
 import os
 import platform
-import statistics
 import subprocess
 import time
 from collections.abc import Callable, Sequence
@@ -18,26 +16,16 @@ from typing import Any
 
 import torch
 
+from specc.bench import Sample
+from specc.errors import SpeccError
+
 RESULTS = Path(__file__).parent / "results"
 
-
-@dataclasses.dataclass(frozen=True)
-class Sample:
-    """Repeated measurements of one thing."""
-
-    values: tuple[float, ...]
-
-    @property
-    def median(self) -> float:
-        return statistics.median(self.values)
-
-    @property
-    def spread(self) -> float:
-        """Half the distance between the extremes, as a share of the median."""
-        return (max(self.values) - min(self.values)) / 2 / self.median if self.median else 0.0
-
-    def as_dict(self) -> dict[str, Any]:
-        return {"median": self.median, "spread": self.spread, "values": list(self.values)}
+# What a peer that cannot do something raises; out of memory is a RuntimeError.
+FAILURES = (
+    *(RuntimeError, AssertionError, ValueError, TypeError, LookupError, AttributeError, ImportError, OSError),
+    SpeccError,
+)
 
 
 def machine() -> dict[str, Any]:
@@ -152,10 +140,10 @@ def weight_bytes(model: torch.nn.Module) -> int:
     return total if tied else total - model.get_input_embeddings().weight.nbytes
 
 
-def record(name: str, content: dict[str, Any]) -> Path:
-    """Write a result as ``benchmarks/results/<name>.json``, with the facts of this run."""
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    path = RESULTS / f"{name}.json"
+def record(name: str, content: dict[str, Any], folder: Path = RESULTS) -> Path:
+    """Write a result as ``<folder>/<name>.json``, with the facts of this run."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
     path.write_text(json.dumps({"machine": machine(), **content}, indent=1) + "\n")
     return path
 

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from specc import __version__, comparison, models
 from specc.cli import main
-from specc.progress import stage
+from specc.progress import part, stage
 from tests.tiny import build_tiny_tokenizer, save_tiny_llama
 
 PROMPT = "a b c d a b c d a b"
@@ -108,6 +109,60 @@ class TestGenerate:
         for source in (str(file), "-"):
             assert main([*common, "--prompt-file", source]) == 0
             assert capsys.readouterr().out.strip() == plain_text
+
+
+def bench(model: str, *more: str) -> int:
+    few = ["--no-inductor", "--quiet", "--repeats", "1", "--max-new-tokens", str(NEW_TOKENS)]
+    return main(["bench", model, "--prompt", PROMPT, *few, *more])
+
+
+class TestBench:
+    def test_a_row_for_each_way(
+        self, tiny_llama: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        file = tmp_path / "result.json"
+        more = ["--draft", tiny_llama, "--num-draft-tokens", "3", "4", "--json", str(file)]
+        assert bench(tiny_llama, *more) == 0
+        printed = capsys.readouterr()
+        names = [row["name"] for row in json.loads(file.read_text())["rows"]]
+        assert names == [
+            "generate",
+            "generate, assistant of 2",
+            "generate, assistant of 3",
+            "specc, 1 a step",
+            "specc, 3 a step",
+            "specc, 4 a step",
+        ]
+        assert [line[:34].strip() for line in printed.out.splitlines()[2:]] == names
+        assert printed.err == ""
+
+    @pytest.mark.parametrize(("dtype", "code"), [("float32", 1), ("bfloat16", 0)])
+    def test_other_tokens_are_an_exit_code_where_rounding_is_no_excuse(
+        self, dtype: str, code: int, tiny_llama: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        different = SimpleNamespace(identical=False, table=lambda: "")
+        monkeypatch.setattr("specc.bench.run", lambda task, quiet: different)
+        assert bench(tiny_llama, "--dtype", dtype) == code
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["--repeats", "0"], "--repeats must be 1 at least, got 0"),
+            (["--max-new-tokens", "1"], "--max-new-tokens must be 2 at least, got 1"),
+            (["--device", "cuda"], "no CUDA device"),
+        ],
+    )
+    def test_refusals(
+        self,
+        arguments: list[str],
+        message: str,
+        tiny_llama: str,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        assert bench(tiny_llama, *arguments) == 2
+        assert message in capsys.readouterr().err
 
 
 class TestRefusals:
@@ -232,3 +287,28 @@ class TestStage:
         with pytest.raises(ValueError, match="no"), stage("working", stream=stream):
             raise ValueError("no")
         assert stream.getvalue() == "specc: working ... failed after 0.0 s\n"
+
+    def test_a_part_shows_in_its_stages_line_while_it_lasts(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("specc.progress.TICK_SECONDS", 0.01)
+        stream = _Terminal()
+        with stage("working", stream=stream):
+            with part("screwing", stream=stream):
+                while "screwing" not in stream.getvalue():
+                    pass
+            while not stream.getvalue().split("\r")[-1].startswith("specc: working ... 0 s"):
+                pass
+        assert stream.getvalue().splitlines()[-1].split("\r")[-1].rstrip() == "specc: working ... 0.0 s"
+
+    def test_a_part_by_itself_speaks_up_only_if_it_takes_long(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        stream = io.StringIO()
+        with part("screwing", stream=stream):
+            pass
+        assert stream.getvalue() == ""
+        monkeypatch.setattr("specc.progress.PATIENCE_SECONDS", 0.01)
+        with part("screwing", stream=stream):
+            while not stream.getvalue():
+                pass
+        assert stream.getvalue() == "specc: screwing ... 0.0 s\n"
+        with part("screwing", quiet=True, stream=stream):
+            pass
+        assert stream.getvalue().count("screwing") == 1
