@@ -30,6 +30,7 @@ class CudaGraph:
     """
 
     frozen: ClassVar[bool] = True
+    takes_lengths: ClassVar[bool] = False
 
     def __init__(self) -> None:
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -51,6 +52,9 @@ class CudaGraph:
         graph.instantiate()
         self._graph = graph
         log.info("captured a step of %s nodes", self.num_nodes)
+
+    def patch(self, seq_lens: Tensor) -> None:
+        """Kernels read lengths from the device's memory."""
 
     def replay(self) -> None:
         if self._graph is None:

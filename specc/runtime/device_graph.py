@@ -25,12 +25,20 @@ class DeviceGraph(Protocol):
     """Nodes of the captured graph; None where there is no graph, or nobody counts them."""
     frozen: ClassVar[bool]
     """Whether replays go on as captured whatever changes in Python."""
+    takes_lengths: ClassVar[bool]
+    """Whether the host has to say before each replay how long the rows are, as NPU attention wants it.
+
+    Such a device gets one step at a time, for the host knows lengths only once a step has reported.
+    """
 
     def capture(self, program: Program) -> None:
         """Take ``program`` for later replays. It may be run, so its effects must be repeatable.
 
         Raises StepCaptureError, with nothing kept, if the device cannot capture it.
         """
+
+    def patch(self, seq_lens: Tensor) -> None:
+        """Put lengths into the captured program: int64 [rows] on the host. Where ``takes_lengths`` only."""
 
     def replay(self) -> None:
         """Queue the captured program once, behind what the current stream holds."""
@@ -65,6 +73,7 @@ class EagerGraph:
     """Runs the program itself on every replay: the form for devices without graphs."""
 
     frozen: ClassVar[bool] = False
+    takes_lengths: ClassVar[bool] = False
 
     def __init__(self) -> None:
         self.num_nodes: int | None = None
@@ -72,6 +81,9 @@ class EagerGraph:
 
     def capture(self, program: Program) -> None:
         self._program = program
+
+    def patch(self, seq_lens: Tensor) -> None:
+        """Lengths are read where they are."""
 
     def replay(self) -> None:
         if self._program is None:

@@ -25,6 +25,7 @@ class Drain:
 
     prompts: int64 [B, P] as Hugging Face pads them. ``pad_token`` fills finished rows, if the criteria
     know an EOS; without one, rows keep their tokens until the whole batch stops, as in ``_sample``.
+    lens: int64 [B], the new tokens received of each row.
     """
 
     def __init__(
@@ -41,7 +42,7 @@ class Drain:
         room = torch.full((rows, max_new_tokens), fill, dtype=torch.int64)
         self._sequences = torch.cat([prompts.cpu(), room], dim=1)
         self._received = torch.zeros(rows, max_new_tokens, dtype=torch.int64)
-        self._lens = torch.zeros(rows, dtype=torch.int64)
+        self.lens = torch.zeros(rows, dtype=torch.int64)
         self._count = 0
         self.handed_over = 0
         self._stops = _Stops(criteria, prompts.device, link)
@@ -71,15 +72,15 @@ class Drain:
     @property
     def most_steps_left(self) -> int:
         """Steps after which every row is at its limit, however few drafts are right."""
-        left = self._received.shape[1] - self._lens
+        left = self._received.shape[1] - self.lens
         return int(left.masked_fill(self.stopped_rows, 0).max())
 
     def take(self, report: StepReport) -> None:
         """Receive what a step committed, and hand over what is complete."""
         at = torch.arange(report.tokens.shape[1])
         row, column = (at < report.committed[:, None]).nonzero(as_tuple=True)
-        self._received[row, self._lens[row] + column] = report.tokens[row, column]
-        self._lens += report.committed
+        self._received[row, self.lens[row] + column] = report.tokens[row, column]
+        self.lens += report.committed
         while not self.finished and self._count < self._ready():
             self._hand_over(self._received[:, self._count])
 
@@ -95,7 +96,7 @@ class Drain:
         self.unfinished &= ~self._stops(self.sequences)
 
     def _ready(self) -> int:
-        needed = self._lens[self.unfinished] if self._pads else self._lens
+        needed = self.lens[self.unfinished] if self._pads else self.lens
         return int(needed.min())
 
     def end(self) -> None:

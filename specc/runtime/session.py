@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import time
 import weakref
@@ -18,10 +19,10 @@ from specc.options import Options
 from specc.progress import part
 from specc.runtime import workspace
 from specc.runtime.acceptance import commit, target_choice
+from specc.runtime.batch import Batch, bucket_of
 from specc.runtime.device_graph import (
     DeviceGraph,
     EagerGraph,
-    HostLink,
     Program,
     device_graph,
     freezes,
@@ -32,7 +33,7 @@ from specc.runtime.drafters import Drafter
 from specc.runtime.drafters.assistant import FED, AssistantDrafter
 from specc.runtime.drafters.ngram import NGramDrafter
 from specc.runtime.drain import Drain
-from specc.runtime.model import DRAFT, PREFILL_CHUNK, VERIFY, BoundModel
+from specc.runtime.model import DRAFT, PREFILL_CHUNK, VERIFY, BoundModel, Role
 from specc.runtime.pages import Rows
 from specc.runtime.recurrent import RecurrentPlan
 from specc.runtime.reports import StepReport, Tally, write_report
@@ -104,18 +105,17 @@ class Speculation:
 
 def run(request: Request) -> tuple[Tensor, Speculation]:
     """Generate. Returns sequences int64 [B, P + new tokens] on the prompts' device, and how it went."""
-    prompts, prompt_lens = _left_aligned(request.prompts, request.attention_mask)
-    capacity = _capacity(request)
-    rows = Rows.of(_texts(prompts, prompt_lens), capacity - prompts.shape[1])
-    space = _seated(request, rows, prompts, prompt_lens, capacity)
+    count = len(request.prompts)
+    batch = Batch.of(request.prompts, request.attention_mask, bucket_of(count) if _keeps(request) else count)
+    space = _seated(request, batch)
     state, target, drafter, link = space.state, space.target, space.drafter, space.link
     drain = Drain(
         request.prompts, request.max_new_tokens, request.criteria, request.pad_token, request.streamer, link
     )
     ops = StepOps.of(request.options)
     compile_seconds = target.warm_up_prefill() + drafter.warm_up_prefill()
-    _, prefill_seconds = _timed(lambda: _prefill(state, target, drafter, ops, request.prompts, drain, link))
-    loop = _Loop(space, drain, request)
+    _, prefill_seconds = _timed(lambda: _prefill(space, batch, ops, drain))
+    loop = _Loop(space, batch, drain, request)
     if not drain.finished:
         compile_seconds += target.warm_up() + drafter.warm_up()
         loop.capture(lambda: speculative_step(state, target, drafter, ops))
@@ -143,20 +143,22 @@ def _keeps(request: Request) -> bool:
     return request.compiled and request.device_graph != "off" and freezes(request.prompts.device)
 
 
-def _capacity(request: Request) -> int:
+def _capacity(request: Request, width: int) -> int:
     """Tokens that a row's text can have; where the step is kept, some more, for the sake of other batches."""
-    needed = request.prompts.shape[1] + request.max_new_tokens + request.num_draft_tokens
+    needed = width + request.max_new_tokens + request.num_draft_tokens
     if not _keeps(request):
         return needed
     unit = max(LEAST_ROOM, 1 << (needed.bit_length() - 4))
     return -(-needed // unit) * unit
 
 
-def _seated(request: Request, rows: Rows, prompts: Tensor, prompt_lens: Tensor, capacity: int) -> Workspace:
-    """The batch in the tensors of the one before, if they suit, or else in its own.
-
-    prompts: int64 [B, P], right-padded.
-    """
+def _seated(request: Request, batch: Batch) -> Workspace:
+    """The batch in the tensors of the one before, if they suit, or else in its own."""
+    capacity = _capacity(request, batch.width)
+    last_position = batch.width + request.max_new_tokens - 1
+    # An assistant feeds one token more than it drafts.
+    rows = batch.rows(capacity - batch.width, idle_beyond=request.num_draft_tokens + 1)
+    device = batch.prompts.device
     assisted = not isinstance(request.draft, str)
     key = StepKey(
         method="assistant" if assisted else request.draft,
@@ -165,8 +167,8 @@ def _seated(request: Request, rows: Rows, prompts: Tensor, prompt_lens: Tensor, 
         capacity=capacity,
         num_eos=request.eos.numel(),
         num_held=request.held_ids.numel(),
-        device=prompts.device,
-        queue=queue_of(prompts.device),
+        device=device,
+        queue=queue_of(device),
         options=request.options,
         device_graph=request.device_graph,
         prefill_chunk=request.prefill_chunk,
@@ -178,6 +180,7 @@ def _seated(request: Request, rows: Rows, prompts: Tensor, prompt_lens: Tensor, 
         ),
     )
     ends: dict[str, Any] = {
+        "live": batch.live,
         "max_new_tokens": request.max_new_tokens,
         "eos": request.eos,
         "held_ids": request.held_ids,
@@ -185,66 +188,66 @@ def _seated(request: Request, rows: Rows, prompts: Tensor, prompt_lens: Tensor, 
     }
     space = workspace.take(request.model, key, request.draft, rows) if _keeps(request) else None
     if space is not None:
-        space.state.restart(prompts, prompt_lens, **ends)
+        space.state.restart(batch.aligned, batch.lens, **ends)
         for each in (space.target, space.drafter):
-            each.seat(rows, _last_position(request))
+            each.seat(rows, last_position)
         return space
     try:
-        target, drafter = _pools(request, rows)
+        target, drafter = _pools(request, rows, last_position)
     except PoolError:
         if not workspace.reset():
             raise
         # What other models kept stood in the way.
-        target, drafter = _pools(request, rows)
+        target, drafter = _pools(request, rows, last_position)
     state = DecodeState.start(
-        prompts, prompt_lens, num_draft_tokens=request.num_draft_tokens, capacity=capacity, **ends
+        batch.aligned, batch.lens, num_draft_tokens=request.num_draft_tokens, capacity=capacity, **ends
     )
     draft = weakref.ref(request.draft) if assisted else None
-    return Workspace(key, state, target, drafter, draft, host_link(prompts.device))
+    return Workspace(key, state, target, drafter, draft, host_link(device))
 
 
-def _pools(request: Request, rows: Rows) -> tuple[BoundModel, Drafter]:
+def _pools(request: Request, rows: Rows, last_position: int) -> tuple[BoundModel, Drafter]:
     """The models over empty pools. Raises PoolError if memory does not suffice."""
-    return _bind(request, request.model, VERIFY, request.num_draft_tokens, rows), _drafter(request, rows)
+    bind = functools.partial(_bind, request, rows=rows, last_position=last_position)
+    target = bind(request.model, VERIFY, q_len=request.num_draft_tokens)
+    num_drafts = request.num_draft_tokens - 1
+    if isinstance(request.draft, str):
+        return target, NGramDrafter(num_drafts)
+    return target, AssistantDrafter(bind(request.draft, DRAFT, q_len=FED), num_drafts)
 
 
-def _prefill(
-    state: DecodeState,
-    target: BoundModel,
-    drafter: Drafter,
-    ops: StepOps,
-    prompts: Tensor,
-    drain: Drain,
-    link: HostLink,
-) -> None:
+def _prefill(space: Workspace, batch: Batch, ops: StepOps, drain: Drain) -> None:
     """Read the prompts and commit each row's first token, which is the first bonus token."""
-    logits = target.prefill(prompts, state.prompt_lens)
-    drafter.prefill(prompts, state.prompt_lens)
+    state, link = space.state, space.link
+    logits = space.target.prefill(batch.prompts, state.prompt_lens)
+    space.drafter.prefill(batch.prompts, state.prompt_lens)
     drain.begin()
     choice = target_choice(state, logits[:, None], ops.select)
     no_drafts = torch.zeros_like(state.text_lens)
     write_report(state, choice, no_drafts, commit(state, choice, no_drafts))
-    link.send(state.report)
+    link.send(state.report[: batch.live])
     drain.take(StepReport.of(link.receive()))
-    _stop_rows(state, drain, link)
+    _stop_rows(space, drain)
 
 
-def _stop_rows(state: DecodeState, drain: Drain, link: HostLink) -> None:
+def _stop_rows(space: Workspace, drain: Drain) -> None:
     """Tell the device which rows the host wants no more of; steps queued before still run for them."""
-    link.upload(drain.stopped_rows, state.stopped)
-    state.done |= state.stopped
+    stopped = drain.stopped_rows
+    space.link.upload(stopped, space.state.stopped[: len(stopped)])
+    space.state.done |= space.state.stopped
 
 
 class _Loop:
     """Steps until every row has stopped, some of them queued ahead of what the host has seen."""
 
-    def __init__(self, space: Workspace, drain: Drain, request: Request) -> None:
+    def __init__(self, space: Workspace, batch: Batch, drain: Drain, request: Request) -> None:
         self._space = space
+        self._live = batch.live
+        self._prompt_lens = batch.lens.cpu()
         self._state = space.state
         self._link = space.link
         self._drain = drain
         self._request = request
-        self._ahead = request.steps_ahead or space.link.steps_ahead
         self.tally = Tally(request.num_draft_tokens)
         self.capture_seconds = self.seconds = self.waited = 0.0
 
@@ -276,11 +279,11 @@ class _Loop:
         _, self.seconds = _timed(self._run)
 
     def _run(self) -> None:
-        drain, queued = self._drain, 0
+        drain, queued, ahead = self._drain, 0, self._steps_ahead()
         while not drain.finished:
-            while queued < min(self._ahead, drain.most_steps_left):
+            while queued < min(ahead, drain.most_steps_left):
                 self._replay()
-                self._link.send(self._state.report)
+                self._link.send(self._state.report[: self._live])
                 queued += 1
             stopped = drain.stopped_rows
             if queued == 0 or not self._take(stopped):
@@ -290,12 +293,22 @@ class _Loop:
                 )
             queued -= 1
             if not torch.equal(drain.stopped_rows, stopped):
-                _stop_rows(self._state, drain, self._link)
+                _stop_rows(self._space, drain)
         self._link.discard()
+
+    def _steps_ahead(self) -> int:
+        graph = self._space.graph
+        if graph is not None and graph.takes_lengths:
+            return 1
+        return self._request.steps_ahead or self._link.steps_ahead
 
     def _replay(self) -> None:
         graph = self._space.graph
         assert graph is not None
+        if graph.takes_lengths:
+            seq_lens = self._prompt_lens.clone()
+            seq_lens[: self._live] += self._drain.lens - 1
+            graph.patch(seq_lens)
         if graph.frozen and log.isEnabledFor(logging.DEBUG):
             self._check_addresses()
         graph.replay()
@@ -319,39 +332,21 @@ class _Loop:
         return bool(report.committed.any())
 
 
-def _left_aligned(prompts: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Move each row's tokens to its front. Returns the prompts, right-padded, and lengths int64 [B]."""
-    rows, width = prompts.shape
-    if attention_mask is None:
-        return prompts, torch.full((rows,), width, dtype=torch.int64, device=prompts.device)
-    prompt_lens = (attention_mask != 0).sum(dim=1)
-    source = torch.arange(width, device=prompts.device) + (width - prompt_lens)[:, None]
-    return prompts.gather(1, source.clamp(max=width - 1)), prompt_lens
-
-
-def _texts(prompts: Tensor, prompt_lens: Tensor) -> list[list[int]]:
-    """Each row's tokens, without padding. prompts: right-padded."""
-    lens = prompt_lens.tolist()
-    return [text[:length] for text, length in zip(prompts.tolist(), lens, strict=True)]
-
-
-def _bind(request: Request, model: Any, role: Any, q_len: int, rows: Rows) -> BoundModel:
+def _bind(
+    request: Request, model: Any, role: Role, *, q_len: int, rows: Rows, last_position: int
+) -> BoundModel:
     return BoundModel(
         model,
         role,
         rows=rows,
         q_len=q_len,
-        last_position=_last_position(request),
+        last_position=last_position,
         options=request.options,
         compiled=request.compiled,
         plan=_plan(request),
         chunk=request.prefill_chunk,
         kv_dtype=request.kv_dtype,
     )
-
-
-def _last_position(request: Request) -> int:
-    return request.prompts.shape[1] + request.max_new_tokens - 1
 
 
 def _plan(request: Request) -> RecurrentPlan:
@@ -362,13 +357,6 @@ def _plan(request: Request) -> RecurrentPlan:
         exact=request.options.exact,
         dtype=request.state_dtype,
     )
-
-
-def _drafter(request: Request, rows: Rows) -> Drafter:
-    num_drafts = request.num_draft_tokens - 1
-    if isinstance(request.draft, str):
-        return NGramDrafter(num_drafts)
-    return AssistantDrafter(_bind(request, request.draft, DRAFT, FED, rows), num_drafts)
 
 
 def _timed(action: Callable[[], Any]) -> tuple[Any, float]:

@@ -38,6 +38,7 @@ class DecodeState:
         prompts: Tensor,
         prompt_lens: Tensor,
         *,
+        live: int,
         max_new_tokens: int,
         eos: Tensor,
         held_ids: Tensor,
@@ -45,7 +46,10 @@ class DecodeState:
         num_draft_tokens: int,
         capacity: int,
     ) -> DecodeState:
-        """Rows that hold their prompts. prompts: int64 [B, q], right-padded; prompt_lens: int64 [B]."""
+        """Rows that hold their prompts. prompts: int64 [B, q], right-padded; prompt_lens: int64 [B].
+
+        All rows but the first ``live`` are done from the start.
+        """
         rows = prompts.shape[0]
         text = prompts.new_zeros(rows, capacity)
         state = cls(
@@ -63,6 +67,7 @@ class DecodeState:
         state.restart(
             prompts,
             prompt_lens,
+            live=live,
             max_new_tokens=max_new_tokens,
             eos=eos,
             held_ids=held_ids,
@@ -75,6 +80,7 @@ class DecodeState:
         prompts: Tensor,
         prompt_lens: Tensor,
         *,
+        live: int,
         max_new_tokens: int,
         eos: Tensor,
         held_ids: Tensor,
@@ -82,10 +88,11 @@ class DecodeState:
     ) -> None:
         """Hold other prompts, of as many rows. Every tensor stays where it is."""
         self.text[:, : prompts.shape[1]] = prompts
-        self.text_lens.copy_(prompt_lens)
+        self.done.copy_(torch.arange(len(self.done), device=self.done.device) >= live)
+        # As if an idle row had its first token: its lengths then stand to each other as any row's do.
+        self.text_lens.copy_(prompt_lens + self.done)
         self.prompt_lens.copy_(prompt_lens)
         self.limits.copy_(prompt_lens + max_new_tokens)
-        self.done.fill_(False)
         self.stopped.fill_(False)
         self.eos.copy_(eos)
         self.held_ids.copy_(held_ids)

@@ -10,11 +10,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import specc
 from specc.errors import CaptureError, CompileError
+from specc.runtime.batch import Batch
 from specc.runtime.forward import block_logits, next_draft
 from specc.runtime.model import DRAFT, VERIFY, BoundModel
-from specc.runtime.pages import Rows
 from specc.runtime.recurrent import RecurrentPlan
-from specc.runtime.session import _left_aligned, _texts
 from tests.families import FAMILIES, noisy_copy, prompt, tiny
 
 OPTIONS = specc.Options(inductor=False)
@@ -23,11 +22,11 @@ OPTIONS = specc.Options(inductor=False)
 def bound(family: str, role: Any, q_len: int) -> BoundModel:
     """A model over prefilled, ragged rows."""
     inputs = prompt(4)
-    texts, lens = _left_aligned(inputs["input_ids"], inputs["attention_mask"])
+    batch = Batch.of(inputs["input_ids"], inputs["attention_mask"], 4)
     model = BoundModel(
         tiny(family),
         role,
-        rows=Rows.of(_texts(texts, lens), beyond=52),
+        rows=batch.rows(52, idle_beyond=0),
         q_len=q_len,
         last_position=63,
         options=OPTIONS,
@@ -35,7 +34,7 @@ def bound(family: str, role: Any, q_len: int) -> BoundModel:
         plan=RecurrentPlan(ahead=q_len + 1),
     )
     with torch.no_grad():
-        model.prefill(inputs["input_ids"], lens)
+        model.prefill(batch.prompts, batch.lens)
     return model
 
 

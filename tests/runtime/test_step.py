@@ -55,6 +55,7 @@ def state_of(
     state = DecodeState.start(
         ids,
         lens,
+        live=len(prompts),
         max_new_tokens=0,
         eos=torch.tensor(eos, dtype=torch.int64),
         held_ids=torch.tensor([], dtype=torch.int64),

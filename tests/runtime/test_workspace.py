@@ -14,6 +14,7 @@ import torch
 
 import specc
 from specc.runtime import device_graph, workspace
+from specc.runtime.batch import bucket_of
 from tests import recurrent
 from tests.families import noisy_copy, tiny
 
@@ -25,6 +26,7 @@ class FrozenGraph:
 
     captures: ClassVar[int] = 0
     frozen: ClassVar[bool] = True
+    takes_lengths: ClassVar[bool] = False
 
     def __init__(self) -> None:
         self.num_nodes: int | None = 1
@@ -35,6 +37,9 @@ class FrozenGraph:
         # Kernels run once before a capture; rows that are done must not move.
         program()
         self._program = program
+
+    def patch(self, seq_lens: torch.Tensor) -> None:
+        raise AssertionError("nobody asked for lengths")
 
     def replay(self) -> None:
         assert self._program is not None
@@ -90,6 +95,36 @@ def test_batches_of_a_kind_share_one_step(kind: str) -> None:
     check(model, same, draft)
     check(model, batch(9, 5), draft)
     assert FrozenGraph.captures == 1
+
+
+@pytest.mark.parametrize("kind", ["ngram", "assistant", "itself"])
+def test_batches_of_a_bucket_share_one_step(kind: str) -> None:
+    """Rows beside those of the request are done from the start, whatever the request's do."""
+    model = copy.deepcopy(tiny("llama"))
+    draft = model if kind == "itself" else drafts(model, kind)
+    check(model, batch(9, 5, 7, 3, seed=1), draft)
+    check(model, batch(9, 5, 7), draft)
+    check(model, batch(1, 1, 1, seed=2), draft)
+    plain = model.generate(**batch(4, 9, 2, seed=3), do_sample=False, max_new_tokens=24)
+    check(model, batch(4, 9, 2, seed=3), draft, eos_token_id=int(plain[1, 14]), pad_token_id=0)
+    assert FrozenGraph.captures == 2, "one without ids that end a row, one with"
+
+
+@pytest.mark.parametrize("lowering", ["replay", "snapshot"])
+def test_idle_rows_beside_recurrent_states(lowering: str) -> None:
+    model = recurrent.build("falcon_h1")
+    ids = recurrent.prompt(3, 12)
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    options = {"inductor": False, "state_commit": lowering}
+    expected = model.generate(**given, do_sample=False, max_new_tokens=24)
+    output = speculate(model, given, model, options=options)
+    assert torch.equal(output.sequences, expected)
+    assert output.speculation.acceptance == [1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize(("rows", "bucket"), [(1, 1), (2, 2), (3, 4), (17, 24), (128, 128), (129, 192)])
+def test_buckets(rows: int, bucket: int) -> None:
+    assert bucket_of(rows) == bucket
 
 
 def test_ids_that_end_a_row_are_read_anew() -> None:
@@ -229,3 +264,34 @@ def test_while_debugging_a_weight_that_moves_is_named(caplog: pytest.LogCaptureF
     refused = pytest.raises(specc.SpeccError, match=r"model\.layers\.1\.mlp\.down_proj\.weight was moved")
     with caplog.at_level(logging.DEBUG, "specc.runtime.session"), refused:
         speculate(model, batch(9), streamer=Moves())
+
+
+class GraphThatTakesLengths(FrozenGraph):
+    """The form for a device whose attention wants lengths as numbers of the host."""
+
+    takes_lengths: ClassVar[bool] = True
+    patches: ClassVar[list[list[int]]] = []
+
+    def patch(self, seq_lens: torch.Tensor) -> None:
+        self.patches.append(seq_lens.tolist())
+
+
+def test_lengths_are_patched_before_each_replay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are the rows' own: those that the cache has when the step begins."""
+    monkeypatch.setitem(device_graph.GRAPHS, "cpu", GraphThatTakesLengths)
+    monkeypatch.setattr(GraphThatTakesLengths, "patches", [])
+    model, given, on_device = copy.deepcopy(tiny("llama")), batch(9, 5, 7), []
+    speculate(model, given)
+    replay = FrozenGraph.replay
+
+    def looks(self: FrozenGraph) -> None:
+        space = space_of_now[0]
+        on_device.append(space.target.cache.rows.seq_lens.tolist())
+        replay(self)
+
+    space_of_now = [workspace._KEPT[model]]
+    GraphThatTakesLengths.patches.clear()
+    monkeypatch.setattr(FrozenGraph, "replay", looks)
+    speculate(model, given, steps_ahead=4)
+    assert len(on_device) > 2
+    assert GraphThatTakesLengths.patches == on_device
