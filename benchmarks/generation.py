@@ -33,6 +33,7 @@ from typing import Any
 import torch
 
 from benchmarks import generation_kernels, generation_peers
+from benchmarks.generation_ablation import with_graph_per_forward
 from benchmarks.generation_gpt_fast import GptFast
 from benchmarks.generation_runs import HEADER, SPECC, Cell, Result, Run
 from benchmarks.harness import FAILURES
@@ -51,9 +52,11 @@ GROWTH = (
 )
 GROWTH_DRAFTS = 4
 # Arguments of specc.generate. Each row switches on one more part than the row before.
+GRAPH_PER_FORWARD = "a graph a forward, a sync a step"
 ABLATION: tuple[tuple[str, dict[str, Any]], ...] = (
     ("eager forwards", {"compile": False, "device_graph": "off", "steps_ahead": 1}),
     ("compiled, a sync a step", {"device_graph": "off", "steps_ahead": 1}),
+    (GRAPH_PER_FORWARD, {"device_graph": "off", "steps_ahead": 1}),
     ("one graph a step", {"steps_ahead": 1}),
     ("2 steps queued", {"steps_ahead": 2}),
     ("4 steps queued", {"steps_ahead": 4}),
@@ -125,7 +128,10 @@ def ablation(run: Run) -> None:
     inputs = run.inputs(1, prompt)
     run.measure(_specc(run, inputs, 0), 1, prompt, "plain")
     for name, settings in ABLATION:
-        run.measure(_specc(run, inputs, drafts, name, settings), 1, prompt)
+        cell = _specc(run, inputs, drafts, name, settings)
+        if name == GRAPH_PER_FORWARD:
+            cell = dataclasses.replace(cell, way=with_graph_per_forward(cell.way))
+        run.measure(cell, 1, prompt)
     run.save()
 
 

@@ -43,7 +43,7 @@ class BoundModel:
 
     ``compiled=False`` runs the model's own eager forward in the same step. ``chunk``: the most tokens of
     a prompt that are fed at once. ``kv_dtype``: of the pool; None for the model's. ``plan``: how recurrent
-    layers, if there are any, keep their states.
+    layers, if there are any, keep their states. ``blank``: a block of padding, int64 [B, q_len].
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class BoundModel:
         count = len(rows.leaders)
         # Kernels for one row of a product round differently from those for more.
         self._q_len = max(q_len, 2) if options.exact else q_len
-        self._blank = torch.zeros(count, self._q_len, dtype=torch.int64, device=device)
+        self.blank = torch.zeros(count, self._q_len, dtype=torch.int64, device=device)
         self._forward: Callable[..., Tensor] = role.function
         if compiled:
             mode = "verify" if shapes.recurrent else None
@@ -113,7 +113,7 @@ class BoundModel:
     def unchanged(self) -> bool:
         """Whether what was compiled still serves the model as it is now: torch's guards hold."""
         return not isinstance(self._forward, CompiledForward) or self._forward.serves(
-            *self._arguments(self._blank)
+            *self._arguments(self.blank)
         )
 
     def _reader(self, rows: Rows) -> Callable[..., Tensor]:
@@ -156,7 +156,7 @@ class BoundModel:
         """Compile the forward if it is not; seconds. Needs a prefilled pool, whose scratch it uses."""
         if not isinstance(self._forward, CompiledForward):
             return 0.0
-        return self._forward.warm_up(*self._arguments(self._blank))
+        return self._forward.warm_up(*self._arguments(self.blank))
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """Run the role's function on a block behind each row's length. tokens: int64 [B, q_len].

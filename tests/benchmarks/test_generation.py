@@ -55,3 +55,13 @@ def test_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert record["kernels_per_step"] > 0
     products = next(group for group in record["groups"] if group["name"] == "products")
     assert products["bytes"] > 0
+
+
+def test_the_ablation_switches_on_part_after_part(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The same tokens in each row; forwards that are graphs of their own replay what each step feeds them."""
+    settings = '{"options": {"inductor": false}}'
+    record = table(monkeypatch, tmp_path, "ablation", "--specc", settings)
+    assert not record["failures"]
+    names = [row["name"] for row in record["results"]]
+    assert names[1:] == [name for name, _ in generation.ABLATION]
+    assert all(row["leading_equal"]["plain"] == 12 for row in record["results"])
