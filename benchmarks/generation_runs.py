@@ -17,6 +17,7 @@ from benchmarks.generation_floor import Floor, Reads
 from benchmarks.harness import FAILURES, Sample, device_bandwidths, read_bandwidth, record
 from benchmarks.pairs import Pair, random_text
 from specc.bench import Row, Way, leading_equal, measure, same_text
+from specc.runtime import workspace
 
 SPECC = "specc"
 
@@ -197,6 +198,8 @@ class Run:
         plots.draw(content, record(name, content, Path(arguments.output)).with_suffix(".png"))
 
     def _clean(self) -> None:
+        # What specc keeps for its next call is no part of the next row's memory.
+        workspace.reset()
         gc.collect()
         if self.device == "cuda":
             torch.cuda.empty_cache()

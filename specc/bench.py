@@ -18,6 +18,7 @@ import transformers
 from torch import Tensor
 
 import specc
+from specc import checks
 from specc.errors import InputError
 from specc.progress import stage
 
@@ -396,6 +397,8 @@ def run(task: Task, *, quiet: bool = False) -> Result:
 
     Raises SpeccError for what specc refuses.
     """
+    for block in task.blocks:
+        checks.check_num_draft_tokens(block)
     rows = [_measured(task, hf_plain(task.model, task.inputs), quiet)]
     failures: dict[str, str] = {}
     for way in _peers(task):
@@ -413,12 +416,12 @@ def _measured(task: Task, way: Way, quiet: bool) -> Row:
 
 
 def _peers(task: Task) -> list[Way]:
-    return [_peer(task, block - 1) for block in task.blocks if block > 1]
+    return [_peer(task, block - 1) for block in dict.fromkeys(task.blocks) if block > 1]
 
 
 def _ours(task: Task) -> list[Way]:
     """Plain decoding first: it is what speculation has to beat."""
-    blocks = [1, *(block for block in task.blocks if block > 1)]
+    blocks = dict.fromkeys((1, *task.blocks))
     return [
         by_specc(
             task.model,

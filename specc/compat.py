@@ -244,13 +244,36 @@ def user_line(error: Exception) -> str:
     return f"{frame.filename}:{frame.lineno}: {frame.line}"
 
 
-def guards_hold(function: types.FunctionType, *args: Any) -> bool:
-    """Whether a call of a compiled ``function`` would take code that exists. torch 2.11 and 2.13."""
+def serving_code(function: types.FunctionType, *args: Any) -> types.CodeType | None:
+    """The compiled code that a call of ``function`` would run; None for none yet. torch 2.11 and 2.13."""
     from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list
 
     names = function.__code__.co_varnames[: function.__code__.co_argcount]
     values = dict(zip(names, args, strict=True))
-    return any(entry.guard_manager.check(values) for entry in _debug_get_cache_entry_list(function.__code__))
+    entries = _debug_get_cache_entry_list(function.__code__)
+    return next((entry.code for entry in entries if entry.guard_manager.check(values)), None)
+
+
+def tensors_of(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor that a module and those in it hold: parameters, buffers, plain attributes, by name.
+
+    Of a tensor that wraps others (quantised weights), those others.
+    """
+    for path, each in module.named_modules():
+        held = {**each._parameters, **each._buffers, **vars(each)}
+        for name, value in held.items():
+            if isinstance(value, torch.Tensor):
+                yield from _unwrapped(f"{path}.{name}" if path else name, value)
+
+
+def _unwrapped(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+    if not is_traceable_wrapper_subclass(tensor):
+        yield name, tensor
+        return
+    for part in tensor.__tensor_flatten__()[0]:
+        yield from _unwrapped(f"{name}.{part}", getattr(tensor, part))
 
 
 def shows_progress() -> bool:

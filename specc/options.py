@@ -68,7 +68,8 @@ class Options:
     "snapshot" keeps the state after each token and copies one.
 
     ``exact``: a token's bits do not depend on its block: recurrent layers sum in one order, and products of
-    many rows are taken in slices. In the drop-in, decoding with and without drafts then gives the same bits.
+    many rows are taken in slices. In the drop-in, with compile=True, decoding with and without drafts then
+    gives the same bits.
     """
 
     inductor: bool | None = _option(

@@ -137,3 +137,18 @@ class TestRun:
         *rows, last = result.rows
         wrong = bench.dataclasses.replace(last, tokens=(last.tokens + 1) % VOCAB)
         assert not bench.Result(result.task, [*rows, wrong], {}).identical
+
+
+@pytest.mark.parametrize("wrong", [0, -3, 65])
+def test_a_block_that_specc_refuses_is_refused_before_anything_is_timed(
+    wrong: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "measure", lambda *_, **__: pytest.fail("something was timed"))
+    with pytest.raises(InputError, match=f"from 1 to 64 .* got {wrong}"):
+        bench.run(task(tiny("llama"), blocks=[4, wrong]), quiet=True)
+
+
+def test_a_block_asked_for_twice_has_one_row() -> None:
+    result = bench.run(task(tiny("llama"), blocks=[3, 3, 1], repeats=1), quiet=True)
+    names = [row.name for row in result.rows]
+    assert names == ["generate", "generate, lookup of 2", "specc, 1 a step", "specc, 3 a step"]

@@ -57,8 +57,12 @@ def _in_slices_supports(x: Tensor, weight: Tensor, bias: Tensor | None) -> Reaso
 
 
 def _in_slices(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A row's bits do not depend on how many rows there are; the weight is read once per slice."""
-    return torch.cat([reference(each, weight, bias) for each in x.split(ALIKE)])
+    """A row's bits do not depend on how many rows there are; the weight is read once per slice.
+
+    Slices are of about the same size: one row by itself would be summed differently.
+    """
+    slices = x.tensor_split(max(1, -(-x.shape[0] // ALIKE)))
+    return torch.cat([reference(each, weight, bias) for each in slices])
 
 
 def _sample(device: str) -> tuple[Tensor, ...]:

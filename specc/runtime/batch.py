@@ -61,7 +61,9 @@ class Batch:
         texts, lens = self.aligned.tolist(), self.lens.tolist()
         rows = Rows.of([text[:length] for text, length in zip(texts, lens, strict=True)], beyond)
         idle = [length + idle_beyond for length in lens[self.live :]]
-        return dataclasses.replace(rows, reach=(*rows.reach[: self.live], *idle))
+        # An idle row shares nothing with the request's, which reach further, whatever they say.
+        leaders = (*rows.leaders[: self.live], *range(self.live, len(lens)))
+        return dataclasses.replace(rows, leaders=leaders, reach=(*rows.reach[: self.live], *idle))
 
 
 def _with_idle_rows(prompts: Tensor, lens: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -246,7 +246,7 @@ class PagedCache:
         self.recurrent = RecurrentPools(
             shapes.recurrent, self._everyone.seq_lens, plan, ahead_of_final=drafts
         )
-        self.seat(rows)
+        self._seat(rows)
 
     def fits(self, rows: Rows) -> bool:
         """Whether as many rows as these, with these prompts and reaches, find room."""
@@ -261,6 +261,13 @@ class PagedCache:
 
     def seat(self, rows: Rows) -> None:
         """Begin anew with these rows, whose prompts are going to be read. Every tensor stays where it is."""
+        for layer in self.layers.values():
+            for pages in layer.pools:
+                # A mask hides what is left of other rows, but not if it is no number.
+                pages.view(torch.uint8).zero_()
+        self._seat(rows)
+
+    def _seat(self, rows: Rows) -> None:
         self._placements = {
             window: _place(rows, self._page_size, ring, number)
             for window, (ring, number) in self._sizes.items()

@@ -53,9 +53,9 @@ class CompiledForward:
         self.called = True
         return result
 
-    def serves(self, *args: Any) -> bool:
-        """Whether a call with these arguments would run what is compiled already."""
-        return compat.guards_hold(self._function, *args)
+    def serving(self, *args: Any) -> object:
+        """What a call with these arguments would run; None for nothing that is compiled yet."""
+        return compat.serving_code(self._function, *args)
 
     def warm_up(self, *args: Any) -> float:
         """Compile now unless that has happened; seconds it took."""

@@ -29,16 +29,15 @@ class CudaGraph:
     follow each other on the stream that was current at capture.
     """
 
-    frozen: ClassVar[bool] = True
     takes_lengths: ClassVar[bool] = False
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._graph: torch.cuda.CUDAGraph | None = None
         self.num_nodes: int | None = None
 
     def capture(self, program: Callable[[], None]) -> None:
-        self.reset()
-        with _capturing:
+        with _capturing, torch.cuda.device(self._device):
             current = torch.cuda.current_stream()
             place = _place(current)
             place.stream.wait_stream(current)
@@ -48,9 +47,7 @@ class CudaGraph:
                 place.stream.synchronize()
                 graph = _captured(program, place.pool)
             current.wait_stream(place.stream)
-        self.num_nodes = _count_nodes(graph)
-        graph.instantiate()
-        self._graph = graph
+        self._graph, self.num_nodes = graph, _count_nodes(graph)
         log.info("captured a step of %s nodes", self.num_nodes)
 
     def patch(self, seq_lens: Tensor) -> None:
@@ -60,10 +57,6 @@ class CudaGraph:
         if self._graph is None:
             raise RuntimeError("replay before capture: call capture(program) first")
         self._graph.replay()
-
-    def reset(self) -> None:
-        self._graph = None
-        self.num_nodes = None
 
 
 def _captured(program: Callable[[], None], pool: Any) -> torch.cuda.CUDAGraph:
@@ -80,7 +73,9 @@ def _captured(program: Callable[[], None], pool: Any) -> torch.cuda.CUDAGraph:
         raise
     try:
         graph.capture_end()
+        graph.instantiate()
     except RuntimeError as error:
+        _forget(pool)
         raise _refusal(error, "") from error
     return graph
 
@@ -94,13 +89,16 @@ def _refusal(error: Exception, where: str) -> StepCaptureError:
 
 def _abandon(graph: torch.cuda.CUDAGraph, pool: Any) -> None:
     """End a capture that an error may have invalidated; its pool takes no more captures."""
-    try:
+    with contextlib.suppress(RuntimeError):
         graph.capture_end()
-    except RuntimeError:
-        compat.end_allocations(torch.cuda.current_device(), pool)
-    for key, place in list(_PLACES.items()):
-        if place.pool == pool:
-            del _PLACES[key]
+    _forget(pool)
+
+
+def _forget(pool: Any) -> None:
+    """Stop the allocator from serving a capture that failed, and never capture into its pool again."""
+    compat.end_allocations(torch.cuda.current_device(), pool)
+    for key in [key for key, place in _PLACES.items() if place.pool == pool]:
+        del _PLACES[key]
 
 
 def _touch() -> None:

@@ -23,8 +23,6 @@ class DeviceGraph(Protocol):
 
     num_nodes: int | None
     """Nodes of the captured graph; None where there is no graph, or nobody counts them."""
-    frozen: ClassVar[bool]
-    """Whether replays go on as captured whatever changes in Python."""
     takes_lengths: ClassVar[bool]
     """Whether the host has to say before each replay how long the rows are, as NPU attention wants it.
 
@@ -42,9 +40,6 @@ class DeviceGraph(Protocol):
 
     def replay(self) -> None:
         """Queue the captured program once, behind what the current stream holds."""
-
-    def reset(self) -> None:
-        """Let go of the program and what it holds."""
 
 
 class HostLink(Protocol):
@@ -72,10 +67,9 @@ class HostLink(Protocol):
 class EagerGraph:
     """Runs the program itself on every replay: the form for devices without graphs."""
 
-    frozen: ClassVar[bool] = False
     takes_lengths: ClassVar[bool] = False
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         self.num_nodes: int | None = None
         self._program: Program | None = None
 
@@ -89,9 +83,6 @@ class EagerGraph:
         if self._program is None:
             raise RuntimeError("replay before capture: call capture(program) first")
         self._program()
-
-    def reset(self) -> None:
-        self._program = None
 
 
 class DirectLink:
@@ -119,7 +110,13 @@ class DirectLink:
         yield
 
 
-GRAPHS: dict[str, type[DeviceGraph]] = {"cpu": EagerGraph, "cuda": CudaGraph, "hip": CudaGraph}
+GRAPHS: dict[str, Callable[[torch.device], DeviceGraph]] = {
+    "cpu": EagerGraph,
+    "cuda": CudaGraph,
+    "hip": CudaGraph,
+}
+# Kinds whose graphs replay what was captured, whatever changes in Python.
+FREEZING = {"cuda", "hip"}
 LINKS: dict[str, Callable[[torch.device], HostLink]] = {"cuda": CudaLink, "hip": CudaLink}
 
 
@@ -136,12 +133,12 @@ def device_graph(device: torch.device) -> DeviceGraph:
     kind = device_kind(device)
     if kind not in GRAPHS:
         log.info("no device graphs on %s yet: the step runs eagerly there", kind)
-    return GRAPHS.get(kind, EagerGraph)()
+    return GRAPHS.get(kind, EagerGraph)(device)
 
 
 def freezes(device: torch.device) -> bool:
     """Whether the device's graphs replay what was captured, and so are worth keeping."""
-    return GRAPHS.get(device_kind(device), EagerGraph).frozen
+    return device_kind(device) in FREEZING
 
 
 def host_link(device: torch.device) -> HostLink:

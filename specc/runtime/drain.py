@@ -132,7 +132,7 @@ class _Stops:
             with self._link.aside():
                 moved = sequences.to(self._device)
                 for each in self._there:
-                    stops |= each(moved, None).cpu()
+                    stops |= torch.as_tensor(each(moved, None)).cpu()
         return stops
 
 

@@ -110,11 +110,11 @@ class BoundModel:
         self._last_position.fill_(last_position)
         self._read = self._reader(rows)
 
-    def unchanged(self) -> bool:
-        """Whether what was compiled still serves the model as it is now: torch's guards hold."""
-        return not isinstance(self._forward, CompiledForward) or self._forward.serves(
-            *self._arguments(self.blank)
-        )
+    def serving(self) -> object:
+        """What identifies the code that a block would be fed to now, by torch's guards; None for none."""
+        if not isinstance(self._forward, CompiledForward):
+            return self._forward
+        return self._forward.serving(*self._arguments(self.blank))
 
     def _reader(self, rows: Rows) -> Callable[..., Tensor]:
         if not self._compiled:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
 import logging
 import time
 import weakref
@@ -33,6 +34,7 @@ from specc.runtime.drafters import Drafter
 from specc.runtime.drafters.assistant import FED, AssistantDrafter
 from specc.runtime.drafters.ngram import NGramDrafter
 from specc.runtime.drain import Drain
+from specc.runtime.masks import MaskPlan
 from specc.runtime.model import DRAFT, PREFILL_CHUNK, VERIFY, BoundModel, Role
 from specc.runtime.pages import Rows
 from specc.runtime.recurrent import RecurrentPlan
@@ -134,7 +136,7 @@ def run(request: Request) -> tuple[Tensor, Speculation]:
         compile_seconds=compile_seconds,
         capture_seconds=loop.capture_seconds,
         host_seconds=loop.seconds - loop.waited,
-        graph_nodes=space.graph.num_nodes if space.graph is not None else None,
+        graph_nodes=loop.graph_nodes,
     )
 
 
@@ -143,27 +145,60 @@ def _keeps(request: Request) -> bool:
     return request.compiled and request.device_graph != "off" and freezes(request.prompts.device)
 
 
-def _capacity(request: Request, width: int) -> int:
-    """Tokens that a row's text can have; where the step is kept, some more, for the sake of other batches."""
-    needed = width + request.max_new_tokens + request.num_draft_tokens
+def _seated(request: Request, batch: Batch) -> Workspace:
+    """The batch in the tensors of the one before, if they suit, or else in its own."""
+    needed = batch.width + request.max_new_tokens + request.num_draft_tokens
     if not _keeps(request):
-        return needed
+        return _made(request, batch, needed)
+    capacity = _rounded_up(needed)
+    key, rows = _key(request, batch, capacity), _rows(request, batch, capacity)
+    space = workspace.take(request.model, key, request.draft, rows)
+    if space is not None:
+        space.state.restart(batch.aligned, batch.lens, live=batch.live, **_ends(request))
+        for each in (space.target, space.drafter):
+            each.seat(rows, _last_position(request))
+        return space
+    try:
+        return _made(request, batch, capacity)
+    except PoolError:
+        # What was kept before, by any model, may stand in the way, and so may the room to spare.
+        workspace.reset()
+        gc.collect()
+        return _made(request, batch, needed)
+
+
+def _graph_for(request: Request) -> DeviceGraph:
+    device = request.prompts.device
+    return device_graph(device) if _keeps(request) else EagerGraph(device)
+
+
+def _rounded_up(needed: int) -> int:
+    """Tokens that a row's text can have: some more than this batch needs, for the sake of others."""
     unit = max(LEAST_ROOM, 1 << (needed.bit_length() - 4))
     return -(-needed // unit) * unit
 
 
-def _seated(request: Request, batch: Batch) -> Workspace:
-    """The batch in the tensors of the one before, if they suit, or else in its own."""
-    capacity = _capacity(request, batch.width)
-    last_position = batch.width + request.max_new_tokens - 1
+def _rows(request: Request, batch: Batch, capacity: int) -> Rows:
     # An assistant feeds one token more than it drafts.
-    rows = batch.rows(capacity - batch.width, idle_beyond=request.num_draft_tokens + 1)
-    device = batch.prompts.device
-    assisted = not isinstance(request.draft, str)
-    key = StepKey(
+    return batch.rows(capacity - batch.width, idle_beyond=request.num_draft_tokens + 1)
+
+
+def _last_position(request: Request) -> int:
+    return request.prompts.shape[1] + request.max_new_tokens - 1
+
+
+def _ends(request: Request) -> dict[str, Any]:
+    names = ("max_new_tokens", "eos", "held_ids", "held_until")
+    return {name: getattr(request, name) for name in names}
+
+
+def _key(request: Request, batch: Batch, capacity: int) -> StepKey:
+    device, assisted = batch.prompts.device, not isinstance(request.draft, str)
+    models = (request.model, request.draft) if assisted else (request.model,)
+    return StepKey(
         method="assistant" if assisted else request.draft,
         num_draft_tokens=request.num_draft_tokens,
-        rows=len(rows.leaders),
+        rows=len(batch.lens),
         capacity=capacity,
         num_eos=request.eos.numel(),
         num_held=request.held_ids.numel(),
@@ -178,37 +213,38 @@ def _seated(request: Request, batch: Batch) -> Workspace:
             request.kv_dtype,
             request.state_dtype,
         ),
+        masks=tuple(map(_masks, models)),
     )
-    ends: dict[str, Any] = {
-        "live": batch.live,
-        "max_new_tokens": request.max_new_tokens,
-        "eos": request.eos,
-        "held_ids": request.held_ids,
-        "held_until": request.held_until,
-    }
-    space = workspace.take(request.model, key, request.draft, rows) if _keeps(request) else None
-    if space is not None:
-        space.state.restart(batch.aligned, batch.lens, **ends)
-        for each in (space.target, space.drafter):
-            each.seat(rows, last_position)
-        return space
-    try:
-        target, drafter = _pools(request, rows, last_position)
-    except PoolError:
-        if not workspace.reset():
-            raise
-        # What other models kept stood in the way.
-        target, drafter = _pools(request, rows, last_position)
+
+
+def _masks(model: Any) -> tuple[MaskPlan, tuple[int, ...]]:
+    config, plan = model.config.get_text_config(), MaskPlan.of(model)
+    return plan, tuple(plan.windows(config, config.num_hidden_layers))
+
+
+# What is kept may serve a call outside of inference mode, whatever mode it was made in.
+@torch.inference_mode(False)
+@torch.no_grad()
+def _made(request: Request, batch: Batch, capacity: int) -> Workspace:
+    """A workspace of the batch's own. Raises PoolError if memory does not suffice."""
+    # The pools first: they are what may not fit.
+    target, drafter = _pools(request, _rows(request, batch, capacity))
     state = DecodeState.start(
-        batch.aligned, batch.lens, num_draft_tokens=request.num_draft_tokens, capacity=capacity, **ends
+        batch.aligned,
+        batch.lens,
+        live=batch.live,
+        num_draft_tokens=request.num_draft_tokens,
+        capacity=capacity,
+        **_ends(request),
     )
-    draft = weakref.ref(request.draft) if assisted else None
-    return Workspace(key, state, target, drafter, draft, host_link(device))
+    draft = None if isinstance(request.draft, str) else weakref.ref(request.draft)
+    key = _key(request, batch, capacity)
+    return Workspace(key, state, target, drafter, draft, host_link(batch.prompts.device))
 
 
-def _pools(request: Request, rows: Rows, last_position: int) -> tuple[BoundModel, Drafter]:
+def _pools(request: Request, rows: Rows) -> tuple[BoundModel, Drafter]:
     """The models over empty pools. Raises PoolError if memory does not suffice."""
-    bind = functools.partial(_bind, request, rows=rows, last_position=last_position)
+    bind = functools.partial(_bind, request, rows=rows)
     target = bind(request.model, VERIFY, q_len=request.num_draft_tokens)
     num_drafts = request.num_draft_tokens - 1
     if isinstance(request.draft, str):
@@ -249,6 +285,7 @@ class _Loop:
         self._drain = drain
         self._request = request
         self.tally = Tally(request.num_draft_tokens)
+        self.graph_nodes: int | None = None
         self.capture_seconds = self.seconds = self.waited = 0.0
 
     def capture(self, program: Program) -> None:
@@ -264,14 +301,14 @@ class _Loop:
         self._space.captured(graph)
 
     def _captured(self, program: Program) -> DeviceGraph:
-        graph = device_graph(self._state.text.device) if _keeps(self._request) else EagerGraph()
+        graph = _graph_for(self._request)
         try:
             graph.capture(program)
         except StepCaptureError as error:
             if self._request.device_graph != "try":
                 raise
             log.warning("the step runs eagerly: %s", error)
-            graph = EagerGraph()
+            graph = EagerGraph(self._state.text.device)
             graph.capture(program)
         return graph
 
@@ -305,11 +342,12 @@ class _Loop:
     def _replay(self) -> None:
         graph = self._space.graph
         assert graph is not None
+        self.graph_nodes = graph.num_nodes
         if graph.takes_lengths:
             seq_lens = self._prompt_lens.clone()
             seq_lens[: self._live] += self._drain.lens - 1
             graph.patch(seq_lens)
-        if graph.frozen and log.isEnabledFor(logging.DEBUG):
+        if _keeps(self._request) and log.isEnabledFor(logging.DEBUG):
             self._check_addresses()
         graph.replay()
 
@@ -332,15 +370,13 @@ class _Loop:
         return bool(report.committed.any())
 
 
-def _bind(
-    request: Request, model: Any, role: Role, *, q_len: int, rows: Rows, last_position: int
-) -> BoundModel:
+def _bind(request: Request, model: Any, role: Role, *, q_len: int, rows: Rows) -> BoundModel:
     return BoundModel(
         model,
         role,
         rows=rows,
         q_len=q_len,
-        last_position=last_position,
+        last_position=_last_position(request),
         options=request.options,
         compiled=request.compiled,
         plan=_plan(request),

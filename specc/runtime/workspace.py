@@ -14,9 +14,11 @@ from typing import Any
 
 import torch
 
+from specc import compat
 from specc.options import Options
 from specc.runtime.device_graph import DeviceGraph, HostLink
 from specc.runtime.drafters import Drafter
+from specc.runtime.masks import MaskPlan
 from specc.runtime.model import BoundModel
 from specc.runtime.pages import Rows
 from specc.runtime.state import DecodeState
@@ -28,7 +30,7 @@ class StepKey:
 
     method: how drafts are made; num_draft_tokens: D; rows, capacity: B and the tokens a row's text can
     have; num_eos, num_held: how many ids end a row, or are held back; queue: see ``device_graph.queue_of``;
-    dtypes: of the model, the draft, keys and values, and states.
+    dtypes: of the model, the draft, keys and values, and states; masks: what model and draft are to see.
     """
 
     method: str
@@ -43,6 +45,7 @@ class StepKey:
     device_graph: str
     prefill_chunk: int
     dtypes: tuple[torch.dtype | None, ...]
+    masks: tuple[tuple[MaskPlan, tuple[int, ...]], ...]
 
 
 @dataclasses.dataclass
@@ -56,6 +59,7 @@ class Workspace:
     draft: weakref.ref[Any] | None
     link: HostLink
     graph: DeviceGraph | None = None
+    code: tuple[object, ...] = ()
     addresses: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def suits(self, key: StepKey, draft: Any, rows: Rows) -> bool:
@@ -65,16 +69,18 @@ class Workspace:
 
     def serves(self) -> bool:
         """Whether the captured step is still what would be captured now. The prompts must have been read."""
-        if self.graph is None or self.moved() is not None:
-            return False
-        return self.target.unchanged() and self.drafter.unchanged()
+        return self.graph is not None and self.moved() is None and self._serving() == self.code
 
     def captured(self, graph: DeviceGraph) -> None:
         self.graph = graph
+        self.code = self._serving()
         self.addresses = dict(self._weights())
 
+    def _serving(self) -> tuple[object, ...]:
+        return self.target.serving(), self.drafter.serving()
+
     def moved(self) -> str | None:
-        """The name of a weight that is not where the captured step reads it, or None."""
+        """The name of a model's tensor that is not where the captured step reads it, or None."""
         now = dict(self._weights())
         names = (name for name in {**now, **self.addresses} if now.get(name) != self.addresses.get(name))
         return next(names, None)
@@ -83,7 +89,7 @@ class Workspace:
         draft = self.draft() if self.draft is not None else None
         for what, model in (("", self.target.model), ("draft: ", draft)):
             if model is not None:
-                for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+                for name, tensor in compat.tensors_of(model):
                     yield what + name, tensor.data_ptr()
 
 

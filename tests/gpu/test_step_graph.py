@@ -77,6 +77,19 @@ def test_tokens_of_recurrent_models_equal_plain_decoding(
 
 
 @pytest.mark.parametrize("kind", ["ngram", "assistant"])
+def test_a_kept_step_serves_other_batches(kind: str, fresh_compiler: None) -> None:
+    """Other prompts, lengths, numbers of rows and ends, in the tensors of the batch before."""
+    model = on_cuda(tiny("llama"))
+    draft = "ngram" if kind == "ngram" else on_cuda(noisy_copy("llama"))
+    for number, (rows, width) in enumerate([(4, 12), (3, 30), (4, 10), (4, 19)]):
+        given, ends = inputs(rows, width), {"max_new_tokens": NEW_TOKENS - number}
+        expected = model.generate(**given, do_sample=False, **ends)
+        output = speculate(model, given, draft, **ends)
+        assert torch.equal(output.sequences, expected)
+        assert (output.speculation.capture_seconds > 0) == (number == 0)
+
+
+@pytest.mark.parametrize("kind", ["ngram", "assistant"])
 def test_inductors_kernels_are_captured_too(kind: str, fresh_compiler: None) -> None:
     model, given = on_cuda(tiny("llama")), inputs(4)
     draft = "ngram" if kind == "ngram" else on_cuda(noisy_copy("llama"))
@@ -184,8 +197,9 @@ def test_a_step_that_cannot_be_captured_is_refused_by_name(fresh_compiler: None)
 def test_a_thousand_calls_take_no_more_memory_than_ten(fresh_compiler: None) -> None:
     model, given = on_cuda(tiny("llama")), inputs(2)
     taken = []
+    expected = model.generate(**given, max_new_tokens=4, do_sample=False)
     for call in range(1000):
-        speculate(model, given, "ngram", max_new_tokens=4)
+        assert torch.equal(speculate(model, given, "ngram", max_new_tokens=4).sequences, expected)
         if call in (9, 999):
             torch.cuda.synchronize()
             taken.append((torch.cuda.memory_allocated(), torch.cuda.memory_reserved()))

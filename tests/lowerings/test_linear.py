@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from specc.lowerings import linear
 
@@ -29,3 +32,28 @@ def test_onednn_is_for_float32_on_cpus() -> None:
     assert "float32" in half.refused[0][1]
     away = linear.choose(torch.empty(2, 4, device="meta"), torch.empty(3, 4, device="meta"), None)
     assert "for CPUs, got meta" in away.refused[0][1]
+
+
+class _Products(TorchDispatchMode):
+    """Takes down how many rows each product has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.mm.default:
+            self.rows.append(args[0].shape[0])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("rows", [33, 64, 65, 97, 200])
+def test_slices_are_neither_long_nor_single_rows(rows: int) -> None:
+    """One row by itself would be summed by another kernel than rows of the same block before it."""
+    x, weight = torch.randn(rows, 8), torch.randn(5, 8)
+    (provider,) = (each for each in linear.providers if each.name == "in_slices")
+    with _Products() as products:
+        sliced = provider.run(x, weight, None)
+    assert sum(products.rows) == rows
+    assert 16 <= min(products.rows) <= max(products.rows) <= 32
+    torch.testing.assert_close(sliced, x @ weight.t())

@@ -11,9 +11,12 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import specc
-from specc.runtime import device_graph, workspace
+from specc.runtime import device_graph, session, workspace
 from specc.runtime.batch import bucket_of
 from tests import recurrent
 from tests.families import noisy_copy, tiny
@@ -22,13 +25,12 @@ VOCAB = 90
 
 
 class FrozenGraph:
-    """Replays what it was given at capture and asks nobody, as graphs of a device do."""
+    """Runs what it was given at capture whatever has changed since, and counts captures."""
 
     captures: ClassVar[int] = 0
-    frozen: ClassVar[bool] = True
     takes_lengths: ClassVar[bool] = False
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         self.num_nodes: int | None = 1
         self._program: Callable[[], None] | None = None
 
@@ -45,15 +47,57 @@ class FrozenGraph:
         assert self._program is not None
         self._program()
 
-    def reset(self) -> None:
-        self._program = None
+
+class _Record(TorchDispatchMode):
+    """Takes down the operators that run, on which tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, Any, Any, Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, result))
+        return result
+
+
+class RecordedGraph(FrozenGraph):
+    """Replays the operators of one run on the tensors of that run: what moves is not seen, as on a device.
+
+    Sees through eager forwards only.
+    """
+
+    def capture(self, program: Callable[[], None]) -> None:
+        super().capture(program)
+        with _Record() as record:
+            program()
+        self._calls = record.calls
+
+    @torch.inference_mode()
+    def replay(self) -> None:
+        for func, args, kwargs, result in self._calls:
+            for old, new in zip(tree_leaves(result), tree_leaves(func(*args, **kwargs)), strict=True):
+                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
 
 
 @pytest.fixture(autouse=True)
 def _frozen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(device_graph.GRAPHS, "cpu", FrozenGraph)
+    monkeypatch.setattr(device_graph, "FREEZING", {"cpu"})
     FrozenGraph.captures = 0
     workspace.reset()
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps are recorded operator by operator, which goes for eager forwards."""
+    monkeypatch.setitem(device_graph.GRAPHS, "cpu", RecordedGraph)
+    monkeypatch.setattr(session, "_keeps", lambda request: True)
+    monkeypatch.setitem(DEFAULTS, "compile", False)
+
+
+DEFAULTS: dict[str, Any] = {"max_new_tokens": 24, "num_draft_tokens": 4, "options": {"inductor": False}}
 
 
 def batch(*lens: int, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -66,9 +110,8 @@ def batch(*lens: int, seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 def speculate(model: Any, given: dict[str, torch.Tensor], draft: Any = "ngram", **settings: Any) -> Any:
-    settings = {"max_new_tokens": 24, "num_draft_tokens": 4, "options": {"inductor": False}, **settings}
     return specc.generate(
-        model, **given, draft=draft, do_sample=False, return_dict_in_generate=True, **settings
+        model, **given, draft=draft, do_sample=False, return_dict_in_generate=True, **{**DEFAULTS, **settings}
     )
 
 
@@ -83,7 +126,7 @@ def drafts(model: Any, kind: str) -> Any:
 
 
 @pytest.mark.parametrize("kind", ["ngram", "assistant"])
-def test_batches_of_a_kind_share_one_step(kind: str) -> None:
+def test_batches_of_a_kind_share_one_step(kind: str, recorded: None) -> None:
     """Other prompts, lengths, limits and ends; then rows of one prompt, which need fewer pages."""
     model = copy.deepcopy(tiny("llama"))
     draft = drafts(model, kind)
@@ -98,7 +141,7 @@ def test_batches_of_a_kind_share_one_step(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["ngram", "assistant", "itself"])
-def test_batches_of_a_bucket_share_one_step(kind: str) -> None:
+def test_batches_of_a_bucket_share_one_step(kind: str, recorded: None) -> None:
     """Rows beside those of the request are done from the start, whatever the request's do."""
     model = copy.deepcopy(tiny("llama"))
     draft = model if kind == "itself" else drafts(model, kind)
@@ -111,7 +154,7 @@ def test_batches_of_a_bucket_share_one_step(kind: str) -> None:
 
 
 @pytest.mark.parametrize("lowering", ["replay", "snapshot"])
-def test_idle_rows_beside_recurrent_states(lowering: str) -> None:
+def test_idle_rows_beside_recurrent_states(lowering: str, recorded: None) -> None:
     model = recurrent.build("falcon_h1")
     ids = recurrent.prompt(3, 12)
     given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -127,7 +170,7 @@ def test_buckets(rows: int, bucket: int) -> None:
     assert bucket_of(rows) == bucket
 
 
-def test_ids_that_end_a_row_are_read_anew() -> None:
+def test_ids_that_end_a_row_are_read_anew(recorded: None) -> None:
     model = copy.deepcopy(tiny("llama"))
     given = batch(9, 5)
     plain = model.generate(**given, do_sample=False, max_new_tokens=24)
@@ -137,7 +180,7 @@ def test_ids_that_end_a_row_are_read_anew() -> None:
 
 
 @pytest.mark.parametrize(("family", "lowering"), [("qwen3_5", "replay"), ("falcon_h1", "snapshot")])
-def test_recurrent_states_are_read_anew(family: str, lowering: str) -> None:
+def test_recurrent_states_are_read_anew(family: str, lowering: str, recorded: None) -> None:
     model = recurrent.build(family)
     options = {"inductor": False, "state_commit": lowering}
     one = {"input_ids": recurrent.prompt(2, 12), "attention_mask": torch.ones(2, 12, dtype=torch.int64)}
@@ -177,15 +220,93 @@ def replaced(model: Any) -> None:
     model.lm_head = torch.nn.Linear(model.lm_head.in_features, model.lm_head.out_features, bias=False).eval()
 
 
-@pytest.mark.parametrize("change", [moved, rescaled, replaced])
+class Steered(torch.nn.Module):
+    """Holds a tensor that is neither a parameter nor a buffer."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.by = torch.zeros(size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.by
+
+
+def steered(model: Any) -> None:
+    torch.manual_seed(6)
+    model.model.norm[1].by = torch.randn(model.config.hidden_size)
+
+
+def masked_otherwise(model: Any) -> None:
+    """Eager attention takes masks to be added, where others take bools."""
+    model.set_attn_implementation("eager")
+    rescaled(model)
+
+
+@pytest.mark.parametrize("change", [moved, rescaled, replaced, steered, masked_otherwise])
 def test_a_model_that_has_changed_is_captured_again(change: Callable[[Any], None]) -> None:
     model, given = copy.deepcopy(tiny("llama")), batch(9, 5)
+    if change is steered:
+        model.model.norm = torch.nn.Sequential(model.model.norm, Steered(model.config.hidden_size))
     check(model, given)
     before = speculate(model, given).sequences
     change(model)
     check(model, given)
     assert not torch.equal(speculate(model, given).sequences, before), "the change must show"
     assert FrozenGraph.captures == 2
+
+
+def test_a_change_that_is_taken_back_is_a_change() -> None:
+    """Torch still has the code for the model as it was; the step is of the model as it became."""
+    model, given = copy.deepcopy(tiny("llama")), batch(9, 5)
+    attention = model.model.layers[0].self_attn
+    for scaling in (attention.scaling, 1.7 * attention.scaling, attention.scaling):
+        attention.scaling = scaling
+        check(model, given)
+    assert FrozenGraph.captures == 3
+
+
+def test_prompts_of_one_token_and_a_table_of_positions_that_ends(recorded: None) -> None:
+    torch.manual_seed(0)
+    config = GPT2Config(
+        n_positions=32, n_embd=32, n_layer=2, n_head=2, vocab_size=VOCAB, bos_token_id=None, eos_token_id=None
+    )
+    check(GPT2LMHeadModel(config).eval(), batch(1, 1, 1), max_new_tokens=31, pad_token_id=0)
+
+
+def test_a_row_that_says_what_an_idle_row_does(recorded: None) -> None:
+    """Sliding windows: an idle row has fewer pages to share than a row of the request."""
+    given = batch(2, 2, 2)
+    given["input_ids"][1] = 0
+    check(copy.deepcopy(tiny("gemma3")), given, max_new_tokens=300, prefill_chunk_size=8, pad_token_id=0)
+
+
+def test_what_one_mode_of_torch_leaves_serves_the_other(recorded: None) -> None:
+    model = copy.deepcopy(tiny("llama"))
+    with torch.inference_mode():
+        check(model, batch(9, 5))
+    check(model, batch(9, 5))
+    assert FrozenGraph.captures == 1
+
+
+def test_numbers_that_are_none_do_not_outlive_their_batch(recorded: None) -> None:
+    """Latent attention keeps its mask, which cannot hide them."""
+    model, given = copy.deepcopy(tiny("deepseek_v3")), batch(9, 5)
+    weight = model.model.embed_tokens.weight
+    healthy = weight.detach().clone()
+    with torch.no_grad():
+        weight.fill_(torch.nan)
+        speculate(model, batch(20, 20))
+        weight.copy_(healthy)
+    check(model, given)
+
+
+def test_memory_that_only_others_keep_is_taken_from_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = copy.deepcopy(tiny("llama")), copy.deepcopy(tiny("llama"))
+    speculate(first, batch(9, 5))
+    kept = weakref.ref(workspace._KEPT[first])
+    monkeypatch.setattr("specc.runtime.cache.free_bytes", lambda _: 0 if kept() is not None else 10**9)
+    check(second, batch(9, 5))
+    assert kept() is None
 
 
 def test_weights_changed_in_place_need_no_capture() -> None:

@@ -22,8 +22,8 @@ class Drafter(Protocol):
     def seat(self, rows: Rows, last_position: int) -> None:
         """Begin anew with these rows. Every tensor that ``propose`` reads stays where it is."""
 
-    def unchanged(self) -> bool:
-        """Whether what ``propose`` runs is still what would be compiled now."""
+    def serving(self) -> object:
+        """What identifies the code that ``propose`` would run now; None for none."""
 
     def prefill(self, prompts: Tensor, prompt_lens: Tensor) -> None:
         """Read the prompts, int64 [B, q] left-padded, of lengths prompt_lens int64 [B]."""

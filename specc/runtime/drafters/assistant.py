@@ -29,8 +29,8 @@ class AssistantDrafter:
     def seat(self, rows: Rows, last_position: int) -> None:
         self._assistant.seat(rows, last_position)
 
-    def unchanged(self) -> bool:
-        return self._assistant.unchanged()
+    def serving(self) -> object:
+        return self._assistant.serving()
 
     def prefill(self, prompts: Tensor, prompt_lens: Tensor) -> None:
         # Without the last token, which the first draft feeds: a recurrent state cannot forget it again.

@@ -28,8 +28,8 @@ class NGramDrafter:
     def seat(self, rows: Rows, last_position: int) -> None:
         """Nothing is kept."""
 
-    def unchanged(self) -> bool:
-        return True
+    def serving(self) -> object:
+        return lookup
 
     def prefill(self, prompts: Tensor, prompt_lens: Tensor) -> None:
         """The text is all there is to know."""
