@@ -162,6 +162,34 @@ def is_size(value: torch.SymInt, size: int | torch.SymInt) -> bool:
     return not isinstance(size, int) and bool(value.node.expr == size.node.expr)
 
 
+def _symbolic(values: list[Any]) -> Iterator[torch.SymInt]:
+    for value in values:
+        sizes = (*value.shape, *value.stride()) if isinstance(value, torch.Tensor) else (value,)
+        yield from (size for size in sizes if isinstance(size, torch.SymInt))
+
+
+def symbols_in(values: list[Any]) -> set[Any]:
+    """The symbols in symbolic numbers, and in the sizes and strides of tensors."""
+    return {symbol for size in _symbolic(values) for symbol in size.node.expr.free_symbols}
+
+
+def plain_symbols_in(values: list[Any]) -> set[Any]:
+    """Those of the symbols that are by themselves a number, or a size of a tensor."""
+    sizes = (
+        size
+        for value in values
+        for size in (value.shape if isinstance(value, torch.Tensor) else (value,))
+        if isinstance(size, torch.SymInt)
+    )
+    return {size.node.expr for size in sizes if size.node.expr.is_Symbol}
+
+
+def settled_sizes(values: list[Any]) -> tuple[int, ...]:
+    """A mark that changes when something more is settled of the symbolic sizes among ``values``."""
+    environments = {id(size.node.shape_env): size.node.shape_env for size in _symbolic(values)}
+    return tuple(len(each.guards) + len(each.replacements) for each in environments.values())
+
+
 _TWINS = itertools.count()
 
 

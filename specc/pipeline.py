@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from specc import compat, verify_calls
+from specc import compat, regions, verify_calls
 from specc.errors import OptionError, UnsupportedError
 from specc.lowerings.devices import device_kind
 from specc.lowerings.framework import REGISTRY
@@ -53,10 +53,18 @@ def compile_graph(
     observers = observers_for(options)
     _run_level("dynamo", gm, context, observers)
     records = state_commit.records_of(gm)
-    if _wants_inductor(options, example_inputs):
-        compiled = _through_inductor(gm, example_inputs, context, observers, patches)
+    through_inductor = _wants_inductor(options, example_inputs)
+
+    def compile_one(graph: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        if through_inductor:
+            return _through_inductor(graph, inputs, context, observers, patches)
+        return _as_captured(graph, inputs, context, observers)
+
+    pieces = regions.pieces_of(gm) if options.regional else None
+    if pieces is None:
+        compiled = compile_one(gm, example_inputs)
     else:
-        compiled = _as_captured(gm, example_inputs, context, observers)
+        compiled = regions.compile_pieces(gm, pieces, compile_one)
     return compiled if records is None else verify_calls.recording(compiled, records)
 
 

@@ -168,6 +168,8 @@ class CudaLink:
         self._side.wait_stream(torch.cuda.current_stream(device))
 
     def send(self, report: Tensor) -> None:
+        # A batch after this one may have other rows.
+        self._free = [each for each in self._free if each.shape == report.shape]
         target = self._free.pop() if self._free else torch.empty_like(report, device="cpu", pin_memory=True)
         target.copy_(report, non_blocking=True)
         arrived = torch.cuda.Event()
