@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import gc
@@ -158,13 +159,12 @@ def _seated(request: Request, batch: Batch) -> Workspace:
         for each in (space.target, space.drafter):
             each.seat(rows, _last_position(request))
         return space
-    try:
+    with contextlib.suppress(PoolError):
         return _made(request, batch, capacity)
-    except PoolError:
-        # What was kept before, by any model, may stand in the way, and so may the room to spare.
-        workspace.reset()
-        gc.collect()
-        return _made(request, batch, needed)
+    # What was kept before, by any model, may stand in the way, and so may the room to spare.
+    workspace.reset()
+    gc.collect()
+    return _made(request, batch, needed)
 
 
 def _graph_for(request: Request) -> DeviceGraph:

@@ -18,6 +18,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import specc
 from specc.runtime import device_graph, session, workspace
 from specc.runtime.batch import bucket_of
+from specc.runtime.cache import PagedCache
 from tests import recurrent
 from tests.families import noisy_copy, tiny
 
@@ -307,6 +308,26 @@ def test_memory_that_only_others_keep_is_taken_from_them(monkeypatch: pytest.Mon
     monkeypatch.setattr("specc.runtime.cache.free_bytes", lambda _: 0 if kept() is not None else 10**9)
     check(second, batch(9, 5))
     assert kept() is None
+
+
+def test_a_second_attempt_begins_with_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the first one had made when memory ran out is gone, or there would be even less."""
+    pools: list[weakref.ref[PagedCache]] = []
+    alive: list[int] = []
+    init = PagedCache.__init__
+
+    def noted(self: PagedCache, *args: Any, **kwargs: Any) -> None:
+        pools.append(weakref.ref(self))
+        init(self, *args, **kwargs)
+
+    def free(_: Any) -> int:
+        alive.append(sum(pool() is not None for pool in pools))
+        return 0 if len(alive) == 2 else 10**9
+
+    monkeypatch.setattr(PagedCache, "__init__", noted)
+    monkeypatch.setattr("specc.runtime.cache.free_bytes", free)
+    check(copy.deepcopy(tiny("llama")), batch(9, 5), noisy_copy("llama"))
+    assert alive == [1, 2, 1, 2]
 
 
 def test_weights_changed_in_place_need_no_capture() -> None:
