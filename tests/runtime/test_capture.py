@@ -74,14 +74,23 @@ def test_captured_steps_give_plain_tokens(family: str, fresh_compiler: None) -> 
 
 
 # Heads that share keys, sinks and windows, latent attention.
-SAMPLE = ("llama", "gpt_oss", "deepseek_v3")
+# torch 2.11's Inductor writes C++ that no compiler takes where it checks indices under a mask.
+BROKEN = pytest.mark.xfail(
+    torch.__version__.startswith("2.11"),
+    reason="torch 2.11 writes wrong C++",
+    raises=CompileError,
+    strict=True,
+)
+MARKS = {
+    "qwen3": (pytest.mark.exhaustive,),
+    "gemma3": (pytest.mark.exhaustive,),
+    "mixtral": (pytest.mark.exhaustive,),
+    "deepseek_v3": (BROKEN,),
+}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "family",
-    [pytest.param(each, marks=() if each in SAMPLE else pytest.mark.exhaustive) for each in FAMILIES],
-)
+@pytest.mark.parametrize("family", [pytest.param(family, marks=MARKS.get(family, ())) for family in FAMILIES])
 def test_through_inductor(family: str, fresh_compiler: None) -> None:
     model = tiny(family)
     settings = {"max_new_tokens": 64, "do_sample": False}
