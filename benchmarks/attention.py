@@ -40,8 +40,15 @@ from benchmarks.attention_calls import (
     page_table_calls,
     relative_error,
 )
-from benchmarks.harness import Sample, device_bandwidths, device_seconds, host_seconds, read_bandwidth, record
-from specc.errors import SpeccError
+from benchmarks.harness import (
+    FAILURES,
+    Sample,
+    device_bandwidths,
+    device_seconds,
+    host_seconds,
+    read_bandwidth,
+    record,
+)
 
 # Batch and context; what matters most comes first, since the budget may end the run.
 GRID = (
@@ -54,19 +61,6 @@ FLEX = ((1, 8192), (32, 8192))
 SMALL_PAGES = ((1, 8192), (32, 8192))
 MOST_BYTES, CHECKED_BYTES = 60e9, 600e6
 PEERS = ("exact", "masked", "masked gqa", "flex")
-
-
-def _expected_failures() -> tuple[type[Exception], ...]:
-    """What a peer that cannot run a shape raises; out of memory is a RuntimeError."""
-    usual = (RuntimeError, AssertionError, ValueError, TypeError, LookupError, SpeccError)
-    try:
-        from triton.errors import TritonError
-    except ImportError:
-        return usual
-    return (*usual, TritonError)
-
-
-FAILURES = _expected_failures()
 
 
 @dataclasses.dataclass

@@ -26,6 +26,7 @@ import argparse
 import dataclasses
 import functools
 import json
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -322,7 +323,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="one agreement, one K, two repeats")
     parser.add_argument("--peers", nargs="*", help=f"of {', '.join(PEERS)} and vllm")
     parser.add_argument("--gpt-fast", metavar="PATH", help="a checkout of gpt-fast at bc04265 or older")
-    parser.add_argument("--vllm-folder", default="/tmp/specc-pair", help="where the pair is saved for vllm")
+    folder = str(Path(tempfile.gettempdir()) / "specc-pair")
+    parser.add_argument("--vllm-folder", default=folder, help=f"where the pair is saved for vllm ({folder})")
     parser.add_argument("--vllm-memory", type=float, default=0.4, help="share of the GPU's memory for vllm")
     parser.add_argument("--batch", type=int, nargs="+", help="growth: only these")
     parser.add_argument("--context", type=int, nargs="+", help="growth: only these")

@@ -21,11 +21,19 @@ from specc.errors import SpeccError
 
 RESULTS = Path(__file__).parent / "results"
 
-# What a peer that cannot do something raises; out of memory is a RuntimeError.
-FAILURES = (
-    *(RuntimeError, AssertionError, ValueError, TypeError, LookupError, AttributeError, ImportError, OSError),
-    SpeccError,
-)
+
+def _failures() -> tuple[type[Exception], ...]:
+    """What a peer that cannot do something raises; out of memory is a RuntimeError."""
+    usual = (RuntimeError, AssertionError, ValueError, TypeError, LookupError, AttributeError)
+    usual = (*usual, ImportError, OSError, SpeccError)
+    try:
+        from triton.errors import TritonError
+    except ImportError:
+        return usual
+    return (*usual, TritonError)
+
+
+FAILURES = _failures()
 
 
 def machine() -> dict[str, Any]:

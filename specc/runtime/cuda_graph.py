@@ -63,14 +63,13 @@ def _captured(program: Callable[[], None], pool: Any) -> torch.cuda.CUDAGraph:
     graph = torch.cuda.CUDAGraph(keep_graph=True)
     # Other threads may go on using the device meanwhile.
     graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-    try:
-        program()
-    except RuntimeError as error:
-        _abandon(graph, pool)
-        raise _refusal(error, f"{compat.innermost_line(error)}: ") from error
-    except BaseException:
-        _abandon(graph, pool)
-        raise
+    with contextlib.ExitStack() as undo:
+        undo.callback(_abandon, graph, pool)
+        try:
+            program()
+        except RuntimeError as error:
+            raise _refusal(error, f"{compat.innermost_line(error)}: ") from error
+        undo.pop_all()
     try:
         graph.capture_end()
         graph.instantiate()
