@@ -162,10 +162,11 @@ def is_size(value: torch.SymInt, size: int | torch.SymInt) -> bool:
     return not isinstance(size, int) and bool(value.node.expr == size.node.expr)
 
 
-def _symbolic(values: list[Any]) -> Iterator[torch.SymInt]:
+def _symbolic(values: list[Any], *, strides: bool = True) -> Iterator[torch.SymInt]:
     for value in values:
-        sizes = (*value.shape, *value.stride()) if isinstance(value, torch.Tensor) else (value,)
-        yield from (size for size in sizes if isinstance(size, torch.SymInt))
+        sizes = value.shape if isinstance(value, torch.Tensor) else (value,)
+        steps = value.stride() if strides and isinstance(value, torch.Tensor) else ()
+        yield from (size for size in (*sizes, *steps) if isinstance(size, torch.SymInt))
 
 
 def symbols_in(values: list[Any]) -> set[Any]:
@@ -175,13 +176,7 @@ def symbols_in(values: list[Any]) -> set[Any]:
 
 def plain_symbols_in(values: list[Any]) -> set[Any]:
     """Those of the symbols that are by themselves a number, or a size of a tensor."""
-    sizes = (
-        size
-        for value in values
-        for size in (value.shape if isinstance(value, torch.Tensor) else (value,))
-        if isinstance(size, torch.SymInt)
-    )
-    return {size.node.expr for size in sizes if size.node.expr.is_Symbol}
+    return {size.node.expr for size in _symbolic(values, strides=False) if size.node.expr.is_Symbol}
 
 
 def settled_sizes(values: list[Any]) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from specc import compat
 from specc.errors import InputError
 from specc.progress import stage
 
@@ -167,8 +168,7 @@ def _refusals(name: str) -> Iterator[None]:
 
 
 def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__
+    return compat.first_line(error).rstrip(".")
 
 
 @contextlib.contextmanager

@@ -69,11 +69,8 @@ class Batch:
 def _with_idle_rows(prompts: Tensor, lens: Tensor, count: int) -> tuple[Tensor, Tensor]:
     missing = max(0, IDLE_TOKENS - prompts.shape[1])
     prompts = torch.nn.functional.pad(prompts, (missing, 0))
-    # Different texts, as a request's usually are: rows with the same text are read as one.
-    number = torch.arange(count, device=prompts.device)
     idle = prompts.new_zeros(count, prompts.shape[1])
-    idle[:, -2], idle[:, -1] = number // 16, number % 16
-    return torch.cat([prompts, idle]), torch.cat([lens, torch.full_like(number, IDLE_TOKENS)])
+    return torch.cat([prompts, idle]), torch.cat([lens, lens.new_full((count,), IDLE_TOKENS)])
 
 
 def _right_padded(prompts: Tensor, lens: Tensor) -> Tensor:

@@ -150,9 +150,8 @@ def _seated(request: Request, batch: Batch) -> Workspace:
     """The batch in the tensors of the one before, if they suit, or else in its own."""
     needed = batch.width + request.max_new_tokens + request.num_draft_tokens
     if not _keeps(request):
-        return _made(request, batch, needed)
-    capacity = _rounded_up(needed)
-    key, rows = _key(request, batch, capacity), _rows(request, batch, capacity)
+        return _made(request, batch, *_needs(request, batch, needed))
+    key, rows = _needs(request, batch, _rounded_up(needed))
     space = workspace.take(request.model, key, request.draft, rows)
     if space is not None:
         space.state.restart(batch.aligned, batch.lens, live=batch.live, **_ends(request))
@@ -160,11 +159,11 @@ def _seated(request: Request, batch: Batch) -> Workspace:
             each.seat(rows, _last_position(request))
         return space
     with contextlib.suppress(PoolError):
-        return _made(request, batch, capacity)
+        return _made(request, batch, key, rows)
     # What was kept before, by any model, may stand in the way, and so may the room to spare.
     workspace.reset()
     gc.collect()
-    return _made(request, batch, needed)
+    return _made(request, batch, *_needs(request, batch, needed))
 
 
 def _graph_for(request: Request) -> DeviceGraph:
@@ -178,9 +177,11 @@ def _rounded_up(needed: int) -> int:
     return -(-needed // unit) * unit
 
 
-def _rows(request: Request, batch: Batch, capacity: int) -> Rows:
+def _needs(request: Request, batch: Batch, capacity: int) -> tuple[StepKey, Rows]:
+    """The kind of step, and what its rows need, where a row's text can have ``capacity`` tokens."""
     # An assistant feeds one token more than it drafts.
-    return batch.rows(capacity - batch.width, idle_beyond=request.num_draft_tokens + 1)
+    rows = batch.rows(capacity - batch.width, idle_beyond=request.num_draft_tokens + 1)
+    return _key(request, batch, capacity), rows
 
 
 def _last_position(request: Request) -> int:
@@ -225,20 +226,19 @@ def _masks(model: Any) -> tuple[MaskPlan, tuple[int, ...]]:
 # What is kept may serve a call outside of inference mode, whatever mode it was made in.
 @torch.inference_mode(False)
 @torch.no_grad()
-def _made(request: Request, batch: Batch, capacity: int) -> Workspace:
+def _made(request: Request, batch: Batch, key: StepKey, rows: Rows) -> Workspace:
     """A workspace of the batch's own. Raises PoolError if memory does not suffice."""
     # The pools first: they are what may not fit.
-    target, drafter = _pools(request, _rows(request, batch, capacity))
+    target, drafter = _pools(request, rows)
     state = DecodeState.start(
         batch.aligned,
         batch.lens,
         live=batch.live,
         num_draft_tokens=request.num_draft_tokens,
-        capacity=capacity,
+        capacity=key.capacity,
         **_ends(request),
     )
     draft = None if isinstance(request.draft, str) else weakref.ref(request.draft)
-    key = _key(request, batch, capacity)
     return Workspace(key, state, target, drafter, draft, host_link(batch.prompts.device))
 
 
