@@ -67,12 +67,20 @@ def test_replay_is_the_recurrence(call: Call, exact: bool) -> None:
 
 @pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("tokens", [1, 8, 16])
-def test_the_shape_of_real_layers(tokens: int, dtype: torch.dtype, exact: bool) -> None:
-    shape = dataclasses.replace(LAYER, dtype=dtype)
+@pytest.mark.parametrize(("tokens", "ring_size"), [(1, 33), (1, 47), (8, 47), (16, 47)])
+def test_the_shape_of_real_layers(tokens: int, ring_size: int, dtype: torch.dtype, exact: bool) -> None:
+    shape = dataclasses.replace(LAYER, dtype=dtype, ring_size=ring_size)
     rows = [Row(2**33, pending, drafts) for pending, drafts in ((0, 0), (9, 2), (16, 0), (31, 0), (30, 20))]
     batch = make_batch(shape, [*rows[:4], Row(padding=True)], [4, 1, 0, 3, 2])
     assert_replays(batch, make_block(shape, 5, tokens), exact)
+
+
+def test_short_rings_of_one_token() -> None:
+    """Rings for blocks of one token, for which 16 bits and 32 take one form."""
+    for dtype, dim in ((torch.bfloat16, 128), (torch.float32, 128), (torch.float16, 256)):
+        shape = dataclasses.replace(LAYER, dtype=dtype, key_dim=dim, value_dim=dim, ring_size=17)
+        batch = make_batch(shape, [Row(3, 16), Row(2**33, 7), Row(padding=True), Row(9, 0)], [4, 1, 0, 2])
+        assert_replays(batch, make_block(shape, 4, 1), exact=False)
 
 
 @pytest.mark.parametrize("exact", [False, True])

@@ -43,6 +43,9 @@ SHAPES: dict[str, tuple[Shape, int]] = {
     "a long block": (Shape(key_heads=1, key_dim=32, value_dim=32, dtype=torch.float16), 16),
     "rounded states": (Shape(key_dim=80, pool_dtype=torch.bfloat16, dtype=torch.bfloat16), 5),
     "every token stored": (Shape(key_heads=1, key_dim=32, value_dim=32, flush_every=1), 2),
+    "one token": (Shape(flush_every=16, ring_size=24, dtype=torch.bfloat16), 1),
+    "one token, padded tiles": (Shape(key_dim=80, value_dim=48, ring_size=24, l2norm=False), 1),
+    "one token, a long ring": (Shape(key_heads=1, key_dim=32, value_dim=32, flush_every=16), 1),
     "no norms": (Shape(group=3, key_heads=1, key_dim=32, value_dim=32, l2norm=False), 4),
 }
 

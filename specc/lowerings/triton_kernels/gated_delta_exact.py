@@ -18,10 +18,9 @@ import triton.language as tl
 from torch import Tensor
 
 from specc.lowerings.gated_delta_rule_replay import LONGEST
-from specc.lowerings.triton_kernels.gated_delta_fast import counts, flush, keys_and_queries, sweep
 from specc.lowerings.triton_kernels.gated_delta_rule import (
     columns,
-    dots,
+    counts,
     inverse_norm,
     parts,
     place,
@@ -29,18 +28,87 @@ from specc.lowerings.triton_kernels.gated_delta_rule import (
     slot_of,
 )
 
-# Of every configuration: a longer chunk would be multiplied by other instructions, with other bits.
-COLUMNS, CHUNK, WARPS, STAGES = 64, 32, 4, 3
+# Of every configuration: a longer chunk would be multiplied by other instructions, with other bits. Sums
+# over records depend on the warps of _prepare; _verify has no sums but products and fused multiply-adds.
+COLUMNS, CHUNK, STAGES = 64, 32, 3
+PREPARE_WARPS, VERIFY_WARPS = 4, 2
+
+
+@triton.jit
+def _sweep(
+    x_at, state, state_key, lane_v,
+    K: tl.constexpr, V: tl.constexpr, EVEN: tl.constexpr, PARTS: tl.constexpr, CHUNK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """``x @ S`` over all of K, rows of the state coming through shared memory. x_at: one pointer per row.
+
+    EVEN: tiles divide the state, so that its loads need no mask.
+    """
+    acc = tl.zeros([x_at.shape[0], lane_v.shape[0]], tl.float32)
+    for start in tl.range(0, K, CHUNK_K, num_stages=STAGES):
+        lane_k = start + tl.arange(0, CHUNK_K)
+        in_k = lane_k < K
+        at = state + (lane_k.to(tl.int64) * state_key)[:, None] + lane_v[None, :]
+        inside = in_k[:, None] & (lane_v < V)[None, :]
+        s = tl.load(at) if EVEN else tl.load(at, mask=inside, other=0.0)
+        s = s.to(tl.float32)
+        x = tl.load(x_at[:, None] + lane_k[None, :], mask=in_k[None, :], other=0.0)
+        acc = product(x, s, acc, PARTS)
+    return acc
+
+
+@triton.jit
+def _flush(
+    state, state_key, lane_v, u_at, keys_at, there, weight, kept,
+    K: tl.constexpr, V: tl.constexpr, EVEN: tl.constexpr, PARTS: tl.constexpr, CHUNK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """``S <- kept S + keys^T diag(weight) u``, in place."""
+    in_v = lane_v < V
+    u = tl.load(u_at[:, None] + lane_v[None, :], mask=there[:, None] & in_v[None, :], other=0.0)
+    u = u * weight[:, None]
+    for start in tl.range(0, K, CHUNK_K, num_stages=STAGES):
+        lane_k = start + tl.arange(0, CHUNK_K)
+        in_k = lane_k < K
+        inside = in_k[:, None] & in_v[None, :]
+        at = state + (lane_k.to(tl.int64) * state_key)[:, None] + lane_v[None, :]
+        s = tl.load(at) if EVEN else tl.load(at, mask=inside, other=0.0)
+        keys_inside = there[:, None] & in_k[None, :]
+        keys = tl.load(keys_at[:, None] + lane_k[None, :], mask=keys_inside, other=0.0)
+        s = product(tl.trans(keys), u, s.to(tl.float32) * kept, PARTS).to(state.dtype.element_ty)
+        if EVEN:
+            tl.store(at, s)
+        else:
+            tl.store(at, s, mask=inside)
+
+
+@triton.jit
+def _keys_and_queries(
+    q, q_token, k, k_token, tokens, xs,
+    K: tl.constexpr, TOKENS: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """TOKENS keys, then TOKENS queries, zeros behind the block's last: [2 TOKENS, BLOCK_K]; and to xs."""
+    lane = tl.arange(0, 2 * TOKENS)
+    step = (lane % TOKENS).to(tl.int64)
+    lane_k = tl.arange(0, BLOCK_K)
+    is_key = ((lane < tokens) & (lane < TOKENS))[:, None] & (lane_k < K)[None, :]
+    is_query = ((lane >= TOKENS) & (lane - TOKENS < tokens))[:, None] & (lane_k < K)[None, :]
+    keys = tl.load(k + (step * k_token)[:, None] + lane_k[None, :], mask=is_key, other=0.0)
+    queries = tl.load(q + (step * q_token)[:, None] + lane_k[None, :], mask=is_query, other=0.0)
+    x = tl.where((lane >= TOKENS)[:, None], queries, keys)
+    tl.store(xs + lane[:, None] * K + lane_k[None, :], x, mask=(lane_k < K)[None, :])
+    return x
 
 
 @triton.jit(do_not_specialize=["tokens"])
 def _prepare(
     q, k, g, ring_k, ring_g, base, seq_lens, final_lens, slots, xs, scores, weights,
-    scale, tokens, ring_size, heads, segments,
+    scale, tokens, heads, segments,
     q_row, q_token, q_head, k_row, k_token, k_head, g_row, g_token, g_head,
     ring_k_row, ring_k_entry, ring_k_head, ring_g_row, ring_g_entry, ring_g_head,
     K: tl.constexpr, GROUP: tl.constexpr, L2NORM: tl.constexpr, FLUSH_EVERY: tl.constexpr,
-    TOKENS: tl.constexpr, RECORDS: tl.constexpr, DOTS: tl.constexpr, BLOCK_K: tl.constexpr,
+    TOKENS: tl.constexpr, RECORDS: tl.constexpr, BLOCK_K: tl.constexpr,
+    RING: tl.constexpr,
 ):  # fmt: skip
     """scores: [B, HV, 2 TOKENS, RECORDS + 1], what each record of its segment and, last, the state at its
     boundary counts for a key or a query; weights: [B, HV, segments, RECORDS + 1], what they count at the
@@ -54,7 +122,7 @@ def _prepare(
     is_query = lane >= TOKENS
     live = token < tokens
     slot = slot_of(slots, row)
-    start, pending, _, length = counts(base, seq_lens, final_lens, slot, row, ring_size, FLUSH_EVERY)
+    start, pending, _, length = counts(base, seq_lens, final_lens, slot, row, RING, FLUSH_EVERY)
     if length < 0:
         return
     ring_k += slot * ring_k_row + key_head * ring_k_head
@@ -68,8 +136,8 @@ def _prepare(
     lane_k = tl.arange(0, BLOCK_K)
     in_k = lane_k < K
     xs += (row * heads + head) * 2 * TOKENS * K
-    x = keys_and_queries(q, q_token, k, k_token, tokens, xs, K, TOKENS, BLOCK_K)
-    x_squares = tl.dot(x, tl.trans(x), input_precision=DOTS)
+    x = _keys_and_queries(q, q_token, k, k_token, tokens, xs, K, TOKENS, BLOCK_K)
+    x_squares = tl.dot(x, tl.trans(x), input_precision="ieee")
     x_squares = tl.where(lane[:, None] == other[None, :], x_squares, 0.0)
     x_norm = inverse_norm(tl.sum(x_squares, 1), L2NORM) * tl.where(is_query, scale, 1.0)
     age = tl.arange(0, RECORDS)
@@ -80,7 +148,7 @@ def _prepare(
         fresh = (begin + age - pending).to(tl.int64)
         held = (fresh < 0) & (age < FLUSH_EVERY)
         new = (fresh >= 0) & (fresh < tokens) & (age < FLUSH_EVERY)
-        entry = ((start + begin + age) % ring_size).to(tl.int64)
+        entry = ((start + begin + age) % RING).to(tl.int64)
         ring_at = ring_k + (entry * ring_k_entry)[:, None] + lane_k[None, :]
         old_keys = tl.load(ring_at, mask=held[:, None] & in_k[None, :], other=0.0)
         fresh_at = k + (fresh * k_token)[:, None] + lane_k[None, :]
@@ -88,7 +156,7 @@ def _prepare(
         keys = tl.where(held[:, None], old_keys, new_keys)
         decay = tl.load(ring_g + entry * ring_g_entry, mask=held, other=0.0)
         decay += tl.load(g + fresh * g_token, mask=new, other=0.0).to(tl.float32)
-        squares = tl.dot(keys, tl.trans(keys), input_precision=DOTS)
+        squares = tl.dot(keys, tl.trans(keys), input_precision="ieee")
         squares = tl.where(age[:, None] == column[None, :], squares, 0.0)
         norm = inverse_norm(tl.sum(squares, 0), L2NORM)
         since = tl.cumsum(decay, 0)
@@ -99,7 +167,7 @@ def _prepare(
         place_of = pending + token - begin
         here = (place_of >= 0) & (place_of < FLUSH_EVERY) & live
         passed = tl.sum(tl.where(age[None, :] == place_of[:, None], since[None, :], 0.0), 1)
-        dots = tl.dot(x, tl.trans(keys), input_precision=DOTS)
+        dots = tl.dot(x, tl.trans(keys), input_precision="ieee")
         dots = (dots * x_norm[:, None]) * norm[None, :]
         dots = dots * tl.exp(tl.minimum(passed[:, None] - since[None, :], 0.0))
         seen = age[None, :] < (place_of + is_query.to(tl.int32))[:, None]
@@ -114,11 +182,11 @@ def _prepare(
 @triton.jit
 def _sweep_over(
     x_at, state, state_key, lane_v, ring_k, ring_k_entry, ring_u, ring_u_entry, weights,
-    start, ring_size, first, last,
-    K: tl.constexpr, V: tl.constexpr, PARTS: tl.constexpr, FOLD_PARTS: tl.constexpr,
+    start, first, last,
+    RING: tl.constexpr, K: tl.constexpr, V: tl.constexpr, PARTS: tl.constexpr, FOLD_PARTS: tl.constexpr,
     FLUSH_EVERY: tl.constexpr, RECORDS: tl.constexpr, CHUNK_K: tl.constexpr,
 ):  # fmt: skip
-    """``sweep`` over the state behind the segments ``first ... last - 1``, which exists in registers only."""
+    """``_sweep`` over the state behind the segments ``first ... last - 1``, which is in registers only."""
     in_v = lane_v < V
     acc = tl.zeros([x_at.shape[0], lane_v.shape[0]], tl.float32)
     age = tl.arange(0, RECORDS)
@@ -129,7 +197,7 @@ def _sweep_over(
         at = state + (lane_k.to(tl.int64) * state_key)[:, None] + lane_v[None, :]
         s = tl.load(at, mask=in_k[:, None] & in_v[None, :], other=0.0).to(tl.float32)
         for segment in range(first, last):
-            entry = ((start + segment * FLUSH_EVERY + age) % ring_size).to(tl.int64)
+            entry = ((start + segment * FLUSH_EVERY + age) % RING).to(tl.int64)
             keys_at = ring_k + (entry * ring_k_entry)[:, None] + lane_k[None, :]
             keys = tl.load(keys_at, mask=there[:, None] & in_k[None, :], other=0.0)
             u_at = ring_u + (entry * ring_u_entry)[:, None] + lane_v[None, :]
@@ -146,10 +214,10 @@ def _sweep_over(
 @triton.jit(do_not_specialize=["tokens"])
 def _verify(
     v, beta, state, ring_k, ring_u, base, seq_lens, final_lens, slots, xs, scores, weights, out,
-    tokens, ring_size, heads, tiles, segments,
+    tokens, heads, tiles, segments,
     v_row, v_token, v_head, beta_row, beta_token, beta_head, state_row, state_head, state_key,
     ring_k_row, ring_k_entry, ring_k_head, ring_u_row, ring_u_entry, ring_u_head,
-    K: tl.constexpr, V: tl.constexpr, GROUP: tl.constexpr, FLUSH_EVERY: tl.constexpr,
+    RING: tl.constexpr, K: tl.constexpr, V: tl.constexpr, GROUP: tl.constexpr, FLUSH_EVERY: tl.constexpr,
     TOKENS: tl.constexpr, RECORDS: tl.constexpr, PARTS: tl.constexpr, FOLD_PARTS: tl.constexpr,
     EVEN: tl.constexpr, CHUNK_K: tl.constexpr, BLOCK_V: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -165,7 +233,7 @@ def _verify(
     out_at = out + (((row * tokens + token) * heads + head) * V)[:, None] + lane_v[None, :]
     out_live = (is_query & live)[:, None] & in_v[None, :]
     slot = slot_of(slots, row)
-    start, pending, flushed, length = counts(base, seq_lens, final_lens, slot, row, ring_size, FLUSH_EVERY)
+    start, pending, flushed, length = counts(base, seq_lens, final_lens, slot, row, RING, FLUSH_EVERY)
     if length < 0:
         tl.store(out_at, tl.zeros([2 * TOKENS, BLOCK_V], out.dtype.element_ty), mask=out_live)
         return
@@ -181,10 +249,10 @@ def _verify(
     there = age < FLUSH_EVERY
     flushes = flushed // FLUSH_EVERY
     for segment in range(flushes):
-        entry = ((start + segment * FLUSH_EVERY + age) % ring_size).to(tl.int64)
+        entry = ((start + segment * FLUSH_EVERY + age) % RING).to(tl.int64)
         weight = tl.load(weights + segment * (RECORDS + 1) + age, mask=there, other=0.0)
         kept = tl.load(weights + segment * (RECORDS + 1) + RECORDS)
-        flush(
+        _flush(
             state, state_key, lane_v, ring_u + entry * ring_u_entry, ring_k + entry * ring_k_entry,
             there, weight, kept, K, V, EVEN, FOLD_PARTS, CHUNK_K, STAGES,
         )  # fmt: skip
@@ -194,19 +262,19 @@ def _verify(
     x_at = xs + ((row * heads + head) * 2 * TOKENS + lane) * K
     for segment in range(pending // FLUSH_EVERY, (pending + tokens - 1) // FLUSH_EVERY + 1):
         if segment == flushes:
-            acc = sweep(x_at, state, state_key, lane_v, K, V, EVEN, PARTS, CHUNK_K, STAGES)
+            acc = _sweep(x_at, state, state_key, lane_v, K, V, EVEN, PARTS, CHUNK_K, STAGES)
         else:
             acc = _sweep_over(
                 x_at, state, state_key, lane_v, ring_k, ring_k_entry, ring_u, ring_u_entry, weights,
-                start, ring_size, flushes, segment,
-                K, V, PARTS, FOLD_PARTS, FLUSH_EVERY, RECORDS, CHUNK_K,
+                start, flushes, segment,
+                RING, K, V, PARTS, FOLD_PARTS, FLUSH_EVERY, RECORDS, CHUNK_K,
             )  # fmt: skip
         offset = segment * FLUSH_EVERY - pending
         here = (token >= offset) & (token < offset + FLUSH_EVERY) & live
         acc = acc * tl.load(scores + RECORDS, mask=here, other=0.0)[:, None]
         for number in range(tl.minimum(FLUSH_EVERY, tokens - offset)):
             now = offset + number
-            at = ((start + pending + now) % ring_size).to(tl.int64) * ring_u_entry
+            at = ((start + pending + now) % RING).to(tl.int64) * ring_u_entry
             if now < 0:
                 one = tl.load(ring_u + at + lane_v, mask=in_v, other=0.0)
             else:
@@ -241,18 +309,20 @@ def replay(
     lens = tuple(None if x is None else x.contiguous() for x in lens)
     shared = {
         "K": key_dim, "GROUP": heads // k.shape[2], "FLUSH_EVERY": flush_every, "TOKENS": padded,
-        "RECORDS": records, "num_warps": WARPS, "num_stages": 1, "enable_fp_fusion": False,
+        "RECORDS": records, "RING": ring_size, "num_stages": 1, "enable_fp_fusion": False,
     }  # fmt: skip
     _prepare[(rows * heads,)](
-        q, k, g, ring_k, ring_g, *lens, xs, scores, weights, scale, tokens, ring_size, heads, segments,
+        q, k, g, ring_k, ring_g, *lens, xs, scores, weights, scale, tokens, heads, segments,
         *(stride for x in (q, k, g, ring_k, ring_g) for stride in x.stride()[:3]),
-        L2NORM=l2norm, DOTS=dots(k), BLOCK_K=columns(key_dim, 256), **shared,
+        L2NORM=l2norm, BLOCK_K=columns(key_dim, 256), num_warps=PREPARE_WARPS,
+        **shared,
     )  # fmt: skip
     _verify[(rows * heads * tiles,)](
         v, beta, state, ring_k, ring_u, *lens, xs, scores, weights, out,
-        tokens, ring_size, heads, tiles, segments,
+        tokens, heads, tiles, segments,
         *(stride for x in (v, beta, state, ring_k, ring_u) for stride in x.stride()[:3]),
         V=dim, PARTS=parts(k, state), FOLD_PARTS=parts(k, ring_u), CHUNK_K=CHUNK, BLOCK_V=block_v,
-        EVEN=key_dim % CHUNK == 0 and dim % block_v == 0, STAGES=STAGES, **shared,
+        EVEN=key_dim % CHUNK == 0 and dim % block_v == 0, STAGES=STAGES,
+        num_warps=VERIFY_WARPS, **shared,
     )  # fmt: skip
     return out

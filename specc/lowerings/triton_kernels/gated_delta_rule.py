@@ -38,21 +38,53 @@ def inverse_norm(squares, L2NORM: tl.constexpr):
 
 
 @triton.jit
+def counts(base, seq_lens, final_lens, slot, row, RING: tl.constexpr, FLUSH_EVERY: tl.constexpr):
+    """The ring entry of base, the records since, those to flush; and the row's length, negative if dead."""
+    length = tl.load(seq_lens + row).to(tl.int64)
+    first = tl.load(base + tl.maximum(slot, 0)).to(tl.int64)
+    final = tl.load(final_lens + row).to(tl.int64)
+    pending = tl.minimum(tl.maximum(length - first, 0), RING).to(tl.int32)
+    flushed = tl.minimum(tl.maximum(final - first, 0), pending).to(tl.int32) // FLUSH_EVERY * FLUSH_EVERY
+    length = tl.where(slot < 0, -1, length)
+    return (first % RING).to(tl.int32), pending, flushed, length
+
+
+@triton.jit
+def _high(y, half):
+    """The bits of a float32 that tf32 holds: rounded where ``half`` is 4096, cut off where it is 0."""
+    return ((y.to(tl.int32, bitcast=True) + half) & -8192).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def product(x, y, acc, PARTS: tl.constexpr):
     """``acc + x @ y`` to float32's accuracy, y being float32.
 
     PARTS 0: as IEEE has it. PARTS 1 and 2: by tf32 products, which hold an x of 16 bits exactly, and so a y
-    of 16 bits; a wider y is cut into two parts, of which the lower one loses a bit or two of 2^-23.
+    of 16 bits; a wider y is cut into two parts, of which the lower one loses a bit or two of 2^-23. PARTS 3:
+    the same with an instruction less and a bit more lost.
     """
     wide = x.to(tl.float32)
     if PARTS == 0:
         acc = tl.dot(wide, y, acc, input_precision="ieee")
     if PARTS == 1:
         acc = tl.dot(wide, y, acc, input_precision="tf32")
-    if PARTS == 2:
-        high = ((y.to(tl.int32, bitcast=True) + 4096) & -8192).to(tl.float32, bitcast=True)
+    if PARTS >= 2:
+        high = _high(y, 4096 if PARTS == 2 else 0)
         acc = tl.dot(wide, y - high, acc, input_precision="tf32")
         acc = tl.dot(wide, high, acc, input_precision="tf32")
+    return acc
+
+
+@triton.jit
+def wide_product(x, y, acc, PARTS: tl.constexpr):
+    """``product`` of an x of float32 too; PARTS 0: as IEEE has it."""
+    if PARTS == 0:
+        acc = tl.dot(x, y, acc, input_precision="ieee")
+    else:
+        x_high, y_high = _high(x, 0), _high(y, 0)
+        acc = tl.dot(x - x_high, y_high, acc, input_precision="tf32")
+        acc = tl.dot(x_high, y - y_high, acc, input_precision="tf32")
+        acc = tl.dot(x_high, y_high, acc, input_precision="tf32")
     return acc
 
 
@@ -160,10 +192,10 @@ def parts(x: Tensor, y: Tensor) -> int:
     return 2 if y.dtype == torch.float32 else 1
 
 
-def dots(keys: Tensor) -> str:
-    """Input precision of products of keys: what Nvidia's units do to float32 takes three of theirs."""
-    wide = keys.dtype == torch.float32 and keys.device.type != "cpu" and torch.version.hip is None
-    return "tf32x3" if wide else "ieee"
+def cut(x: Tensor, y: Tensor) -> int:
+    """``parts`` where a bit matters less than an instruction."""
+    found = parts(x, y)
+    return 3 if found == 2 else found
 
 
 @functools.cache
@@ -235,8 +267,10 @@ def replay(
     scale: float, l2norm: bool, flush_every: int, exact: bool,
 ) -> Tensor:  # fmt: skip
     """``specc::gated_delta_rule_replay``. lens: base, seq_lens, final_lens, slots."""
-    from specc.lowerings.triton_kernels import gated_delta_exact, gated_delta_fast
+    from specc.lowerings.triton_kernels import gated_delta_exact, gated_delta_fast, gated_delta_one
 
-    if exact or not gated_delta_fast.fits(rings[0].shape[1]):
+    k, ring_size = block[1], rings[0].shape[1]
+    if exact or not gated_delta_fast.fits(ring_size):
         return gated_delta_exact.replay(block, state, rings, lens, scale, l2norm, flush_every)
-    return gated_delta_fast.replay(block, state, rings, lens, scale, l2norm, flush_every)
+    form = gated_delta_one if k.shape[1] == 1 and gated_delta_one.fits(k, ring_size) else gated_delta_fast
+    return form.replay(block, state, rings, lens, scale, l2norm, flush_every)
