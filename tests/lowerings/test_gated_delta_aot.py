@@ -134,7 +134,9 @@ def test_the_exact_replay(arch: str, tokens: int, dtype: str, pool: str, dim: in
     }
     warps = {"num_warps": gated_delta_exact.VERIFY_WARPS}
     kernel = gated_delta_exact._verify
-    assert_fits(compile_for(kernel, arch, constants, dtype, pool, **options, **warps), arch)
+    # Triton 3.9's assembler puts two registers of float32 inputs on the stack, 3.6's none.
+    stack = 8 if dtype == "fp32" else 0
+    assert_fits(compile_for(kernel, arch, constants, dtype, pool, **options, **warps), arch, stack)
     constants = {**LAYER, "K": dim, "BLOCK_K": dim, **shared}
     constants.pop("V")
     warps = {"num_warps": gated_delta_exact.PREPARE_WARPS}
