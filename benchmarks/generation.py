@@ -9,6 +9,8 @@ All ways run in this process, on the same weights, prompt and number of drafts; 
     growth     specc over batches and contexts
     kernels    where the microseconds of a step go, by kernel
     ablation   specc with parts of it switched off
+    exact      10,000 tokens with and without drafts, which must be the same
+    options    what exact sums and compiling equal layers once cost a step
 
 ``ms/step`` and ``tok/s`` leave out reading the prompt: for specc by its own clock, for the others by
 taking off the fastest of three calls of one token. ``of it`` is the floor's share of a step: weights,
@@ -62,6 +64,14 @@ ABLATION: tuple[tuple[str, dict[str, Any]], ...] = (
     ("2 steps queued", {"steps_ahead": 2}),
     ("4 steps queued", {"steps_ahead": 4}),
     ("8 steps queued", {"steps_ahead": 8}),
+)
+EXACT_BATCHES = (1, 16)
+# So many tokens compile and capture what a call needs.
+EXACT_WARM_UP = 32
+OPTIONS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("exact", {"exact": True}),
+    ("not exact", {"exact": False}),
+    ("exact, equal layers once", {"exact": True, "regional": True}),
 )
 
 
@@ -133,6 +143,36 @@ def ablation(run: Run) -> None:
         if name == GRAPH_PER_FORWARD:
             cell = dataclasses.replace(cell, way=with_graph_per_forward(cell.way))
         run.measure(cell, 1, prompt)
+    run.save()
+
+
+def exact(run: Run) -> None:
+    """At the first agreement and K: each row's tokens against those without drafts, to the last one."""
+    run.pair.set_eps(_levels(run)[0])
+    drafts = run.arguments.drafts[0]
+    for batch in run.arguments.batch or EXACT_BATCHES:
+        inputs = run.inputs(batch, run.arguments.prompt)
+        for count, name, settings in (
+            (0, None, {}),
+            (drafts, None, {}),
+            (drafts, "1 step at a time", {"steps_ahead": 1}),
+        ):
+            cell = _specc(run, inputs, count, name, settings)
+            cell = dataclasses.replace(cell, way=dataclasses.replace(cell.way, warm_up_tokens=EXACT_WARM_UP))
+            run.measure(cell, batch, run.arguments.prompt, None if count else "plain")
+    run.save()
+
+
+def options(run: Run) -> None:
+    """At the first agreement and K, and without drafts."""
+    run.pair.set_eps(_levels(run)[0])
+    prompt, drafts = run.arguments.prompt, run.arguments.drafts[0]
+    for batch in run.arguments.batch or (1,):
+        inputs = run.inputs(batch, prompt)
+        for name, chosen in OPTIONS:
+            for count in (0, drafts):
+                label = f"{name}, draft of {count}" if count else f"{name}, plain"
+                run.measure(_specc(run, inputs, count, label, {"options": chosen}), batch, prompt)
     run.save()
 
 
@@ -292,6 +332,8 @@ TABLES: dict[str, Callable[[Run], None]] = {
     "growth": growth,
     "kernels": kernels,
     "ablation": ablation,
+    "exact": exact,
+    "options": options,
 }
 
 
@@ -316,8 +358,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--agreement", type=float, nargs="+", default=[0.7, 0.9, 0.5])
     parser.add_argument("--eps", type=float, nargs="+", help="instead of looking for agreements")
     parser.add_argument("--prompt", type=int, help="tokens (default 128)")
-    parser.add_argument("--new-tokens", type=int, help="per call (default 128)")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--new-tokens", type=int, help="per call (default 128; exact: 10000)")
+    parser.add_argument("--repeats", type=int, help="timed calls per row (default 5; exact: 1)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--budget", type=float, default=540, help="seconds until no more row is begun")
     parser.add_argument("--quick", action="store_true", help="one agreement, one K, two repeats")
@@ -326,7 +368,7 @@ def _arguments() -> argparse.Namespace:
     folder = str(Path(tempfile.gettempdir()) / "specc-pair")
     parser.add_argument("--vllm-folder", default=folder, help=f"where the pair is saved for vllm ({folder})")
     parser.add_argument("--vllm-memory", type=float, default=0.4, help="share of the GPU's memory for vllm")
-    parser.add_argument("--batch", type=int, nargs="+", help="growth: only these")
+    parser.add_argument("--batch", type=int, nargs="+", help="growth, exact, options: only these")
     parser.add_argument("--context", type=int, nargs="+", help="growth: only these")
     parser.add_argument("--plain", action="store_true", help="growth: plain decoding, too")
     parser.add_argument(
@@ -350,7 +392,8 @@ def _with_defaults(arguments: argparse.Namespace) -> argparse.Namespace:
         "shape": shapes.get(table, other),
         "drafts": [5, 3, 4, 6, 7] if cuda else [3, 2],
         "prompt": 128 if cuda else 16,
-        "new_tokens": 128 if cuda else 24,
+        "new_tokens": (10_000 if table == "exact" else 128) if cuda else 24,
+        "repeats": 1 if table == "exact" else 5,
     }
     for name, value in usual.items():
         if getattr(arguments, name) is None:

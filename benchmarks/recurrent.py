@@ -5,6 +5,7 @@ CUDA graph replays (harness.device_seconds) per step of all layers, averaged ove
 
     fast, exact    specc::gated_delta_rule_replay with a flush every 16 tokens
     L = 1          the same, fast, the state written every step
+    L = 32         the same, fast, with a flush every 32 tokens, over cycles of its own
     snapshot       all states of a block stored, the accepted one copied (verify and commit)
     recurrent      specc's plain recurrence in Triton, one token only
     torch          what transformers calls without kernels (verify only)
@@ -34,7 +35,7 @@ GRID = (
     *(Case(batch, 8, 4) for batch in (32, 64, 1, 8)),
     *(Case(batch, tokens, tokens) for batch in (32, 1, 64, 8) for tokens in (4, 2)),
 )
-COLUMNS = ("fast", "exact", "L = 1", "snapshot", "recurrent", "torch", "fla")
+COLUMNS = ("fast", "exact", "L = 1", "L = 32", "snapshot", "recurrent", "torch", "fla")
 FLUSH_EVERY = 16
 
 

@@ -151,6 +151,7 @@ def ways(case: Case) -> dict[str, Callable[[Layers], list[Step]]]:
         "fast": functools.partial(replay, flush_every=16, exact=False),
         "exact": functools.partial(replay, flush_every=16, exact=True),
         "L = 1": functools.partial(replay, flush_every=1, exact=False),
+        "L = 32": functools.partial(replay, flush_every=32, exact=False),
         "snapshot": snapshot,
     }
     if case.tokens == 1:

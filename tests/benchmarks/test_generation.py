@@ -65,3 +65,17 @@ def test_the_ablation_switches_on_part_after_part(monkeypatch: pytest.MonkeyPatc
     names = [row["name"] for row in record["results"]]
     assert names[1:] == [name for name, _ in generation.ABLATION]
     assert all(row["leading_equal"]["plain"] == 12 for row in record["results"])
+
+
+def test_exact_compares_to_the_last_token(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    record = table(monkeypatch, tmp_path, "exact", "--new-tokens", "40")
+    assert not record["failures"]
+    drafting = [row for row in record["results"] if row["drafts"]]
+    assert [row["batch"] for row in drafting] == [1, 1, 16, 16]
+    assert all(row["leading_equal"] == {"plain": 40} for row in drafting)
+
+
+def test_options(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    record = table(monkeypatch, tmp_path, "options")
+    assert not record["failures"]
+    assert [row["drafts"] for row in record["results"]] == [0, 3] * len(generation.OPTIONS)
