@@ -92,10 +92,12 @@ class GptFast:
         """As its script does. Anew for each way: a second block length would compile with dynamic shapes."""
         if self._pair.device.type == "cpu":
             return self._functions
-        return {
+        compiled = {
             name: torch.compile(_copy(function), mode="reduce-overhead", fullgraph=True)
             for name, function in self._functions.items()
         }
+        # It feeds a call what the call before returned, which torch 2.11's graph has overwritten by then.
+        return {**compiled, "decode_one_token": _cloned(compiled["decode_one_token"])}
 
     def _transformer(self, model: Any, length: int) -> Any:
         config = model.config
@@ -113,6 +115,13 @@ class GptFast:
         with torch.device(model.device):
             transformer = self._code.Transformer(arguments)
         return transformer.to(model.dtype).eval()
+
+
+def _cloned(function: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
+    def call(*arguments: Any, **settings: Any) -> tuple[Tensor, ...]:
+        return tuple(each.clone() for each in function(*arguments, **settings))
+
+    return call
 
 
 def _copy(function: Any) -> Any:

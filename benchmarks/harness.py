@@ -62,7 +62,7 @@ def device() -> dict[str, Any]:
         "multiprocessors": facts.multi_processor_count,
         "memory_bytes": facts.total_memory,
         "l2_bytes": facts.L2_cache_size,
-        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "driver": _output("nvidia-smi", "--id=0", "--query-gpu=driver_version", "--format=csv,noheader"),
         "cuda": torch.version.cuda,
         "triton": _version("triton"),
     }
