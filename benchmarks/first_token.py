@@ -150,7 +150,7 @@ def _arguments() -> argparse.Namespace:
     default = "llama-8b" if torch.cuda.is_available() else "tiny-llama"
     parser.add_argument("--shape", choices=sorted(SHAPES), default=default, help=f"default {default}")
     parser.add_argument("--drafts", type=int, default=5)
-    parser.add_argument("--regional", nargs="+", choices=("on", "off"), default=["off", "on"])
+    parser.add_argument("--regional", nargs="+", choices=("on", "off"), default=["on", "off"])
     parser.add_argument("--options", type=json.loads, default={"exact": True}, metavar="JSON")
     parser.add_argument("--output", metavar="FOLDER", help="write JSON there")
     parser.add_argument("--suffix", default="", help="of the record's name")

@@ -60,7 +60,7 @@ def compile_graph(
             return _through_inductor(graph, inputs, context, observers, patches)
         return _as_captured(graph, inputs, context, observers)
 
-    pieces = regions.pieces_of(gm) if _wants_regions(options, example_inputs) else None
+    pieces = regions.pieces_of(gm) if options.regional else None
     if pieces is None:
         compiled = compile_one(gm, example_inputs)
     else:
@@ -133,12 +133,6 @@ def _wants_inductor(options: Options, example_inputs: list[Any]) -> bool:
         return True
     obstacle = cpp_obstacle()
     return obstacle is None
-
-
-def _wants_regions(options: Options, example_inputs: list[Any]) -> bool:
-    if options.regional is not None:
-        return options.regional
-    return _devices(example_inputs) == ("cpu",)
 
 
 @functools.cache

@@ -17,7 +17,7 @@ from specc import pipeline, regions
 from tests import recurrent
 from tests.families import COMMON, prompt
 
-REGIONAL = {"inductor": False, "regional": True}
+AS_CAPTURED = {"inductor": False}
 DEPTH = {**COMMON, "num_hidden_layers": 6}
 
 
@@ -89,7 +89,7 @@ def test_tokens_are_the_same_and_layers_compiled_once(
         num_draft_tokens=3,
         max_new_tokens=32,
         do_sample=False,
-        options=REGIONAL,
+        options=AS_CAPTURED,
         return_dict_in_generate=True,
     )
     assert torch.equal(output.sequences, expected)
@@ -102,7 +102,7 @@ def test_inductors_code_is_shared_too(shared: list[tuple[int, int]]) -> None:
     torch.manual_seed(0)
     model, given = llama(), prompt(2)
     settings: dict[str, Any] = {"max_new_tokens": 24, "do_sample": False}
-    tokens = specc.generate(model, **given, draft="ngram", options={"regional": True}, **settings)
+    tokens = specc.generate(model, **given, draft="ngram", **settings)
     assert torch.equal(tokens, model.generate(**given, **settings))
     assert shared
 
@@ -112,7 +112,7 @@ def test_a_layer_that_is_different_has_code_of_its_own(shared: list[tuple[int, i
     model, given = llama(), prompt(2)
     model.model.layers[3].self_attn.scaling *= 1.9
     settings: dict[str, Any] = {"max_new_tokens": 24, "do_sample": False}
-    tokens = specc.generate(model, **given, draft="ngram", options=REGIONAL, **settings)
+    tokens = specc.generate(model, **given, draft="ngram", options=AS_CAPTURED, **settings)
     assert torch.equal(tokens, model.generate(**given, **settings))
     assert [compiled for _, compiled in shared] == [5, 5]
 
@@ -122,7 +122,7 @@ def test_a_users_own_compile(shared: list[tuple[int, int]]) -> None:
     model = llama()
     ids = torch.randint(3, COMMON["vocab_size"], (2, 6))
     caches = [StaticCache(config=model.config, max_cache_len=32) for _ in range(2)]
-    compiled = torch.compile(model, backend="specc", fullgraph=True, options=REGIONAL)
+    compiled = torch.compile(model, backend="specc", fullgraph=True, options=AS_CAPTURED)
     with torch.no_grad():
         for cache in caches:
             model(input_ids=ids, past_key_values=cache)
@@ -136,7 +136,7 @@ def test_a_users_own_compile(shared: list[tuple[int, int]]) -> None:
 
 def test_states_that_the_user_commits(shared: list[tuple[int, int]]) -> None:
     model = qwen3_5()
-    options = {**REGIONAL, "mode": "verify"}
+    options = {**AS_CAPTURED, "mode": "verify"}
     verify = torch.compile(model, backend="specc", fullgraph=True, dynamic=False, options=options)
     given, block = recurrent.prompt(2, 9), recurrent.prompt(2, 4, seed=5)
     caches = [recurrent.static_cache(model) for _ in range(2)]
@@ -152,7 +152,7 @@ def test_states_that_the_user_commits(shared: list[tuple[int, int]]) -> None:
 
 def test_a_model_without_layers_is_compiled_whole(shared: list[tuple[int, int]]) -> None:
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU())
-    compiled = torch.compile(model, backend="specc", options=REGIONAL)
+    compiled = torch.compile(model, backend="specc", options=AS_CAPTURED)
     x = torch.randn(2, 4)
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), model(x))
