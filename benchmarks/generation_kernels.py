@@ -112,8 +112,11 @@ def _groups(kernels: list[dict[str, Any]], floor: Floor, bandwidth: float) -> li
         time = sum(each["microseconds"] for each in mine)
         moved = sum(getattr(floor, part) for part in MOVED.get(name, ()))
         row = {"name": name, "count": sum(each["count"] for each in mine), "microseconds": time}
+        if moved:
+            row["bytes"] = moved
+        # On a busy machine, a difference of two profiles can be nothing or less.
         if moved and time > 0:
-            row |= {"bytes": moved, "share_of_bandwidth": moved / (time * 1e-6) / bandwidth}
+            row["share_of_bandwidth"] = moved / (time * 1e-6) / bandwidth
         rows.append(row)
     return sorted(rows, key=lambda each: -each["microseconds"])
 
