@@ -32,8 +32,10 @@ from benchmarks.recurrent_calls import LAYERS, Case, Layers, scratch_bytes, ways
 GRID = (
     *(Case(batch, 8, 8) for batch in (32, 64, 1, 8)),
     *(Case(batch, 1, 1) for batch in (32, 1, 64, 8)),
-    *(Case(batch, 8, 4) for batch in (32, 64, 1, 8)),
-    *(Case(batch, tokens, tokens) for batch in (32, 1, 64, 8) for tokens in (4, 2)),
+    *(Case(batch, tokens, tokens) for batch in (32, 1) for tokens in (4, 2)),
+    Case(32, 8, 4),
+    *(Case(batch, tokens, tokens) for batch in (64, 8) for tokens in (4, 2)),
+    *(Case(batch, 8, 4) for batch in (64, 1, 8)),
 )
 COLUMNS = ("fast", "exact", "L = 1", "L = 32", "snapshot", "recurrent", "torch", "fla")
 FLUSH_EVERY = 16

@@ -126,18 +126,20 @@ def torch_path(layers: Layers) -> list[Step]:
 
     one = layers.case.tokens == 1
     rule = model.torch_recurrent_gated_delta_rule if one else model.torch_chunk_gated_delta_rule
-    return _peer(layers, rule)
+    # Its layers repeat keys and queries before they call.
+    q, k = (x.repeat_interleave(HEADS // KEY_HEADS, 2) for x in layers.block[:2])
+    return _peer(layers, rule, (q, k, *layers.block[2:]))
 
 
 def fla(layers: Layers) -> list[Step]:
     """flash-linear-attention's fused recurrence, where it is installed."""
     from fla.ops.gated_delta_rule import fused_recurrent_gated_delta_rule
 
-    return _peer(layers, fused_recurrent_gated_delta_rule)
+    return _peer(layers, fused_recurrent_gated_delta_rule, layers.block)
 
 
-def _peer(layers: Layers, rule: Callable[..., object]) -> list[Step]:
-    call = functools.partial(rule, *layers.block, output_final_state=True, use_qk_l2norm_in_kernel=True)
+def _peer(layers: Layers, rule: Callable[..., object], block: tuple[Tensor, ...]) -> list[Step]:
+    call = functools.partial(rule, *block, output_final_state=True, use_qk_l2norm_in_kernel=True)
 
     def step() -> None:
         for state in layers.states:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from specc.lowerings import REGISTRY
 from specc.lowerings import fold_gated_delta_rule as folding
+from specc.lowerings.triton_kernels import gated_delta_exact, gated_delta_fast
 from tests.lowerings.gated_delta_calls import (
     Batch,
     Call,
@@ -73,6 +74,33 @@ def test_the_shape_of_real_layers(tokens: int, ring_size: int, dtype: torch.dtyp
     rows = [Row(2**33, pending, drafts) for pending, drafts in ((0, 0), (9, 2), (16, 0), (31, 0), (30, 20))]
     batch = make_batch(shape, [*rows[:4], Row(padding=True)], [4, 1, 0, 3, 2])
     assert_replays(batch, make_block(shape, 5, tokens), exact)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("pending", [(5, 7), (16, 23)])
+def test_tiles_for_few_rows_and_for_many(pending: tuple[int, int], exact: bool) -> None:
+    """The rows of tests are few: other tiles have to be asked for. Exact bits are those of any tile."""
+    form = gated_delta_exact if exact else gated_delta_fast
+    block = make_block(LAYER, 2, 8)
+    batch = make_batch(LAYER, [Row(3, pending[0]), Row(2**33, pending[1])], [4, 1])
+    expected, pool = expected_replay(batch, block)
+    chosen = [
+        tiles for name, tiles in form.TILES.items() if name in {False, True, ("cuda", False), ("cuda", True)}
+    ]
+    found = []
+    for tiles in chosen:
+        there = batch.to("cuda")
+        rings = there.pool.tensors()[1:]
+        lens = there.pool.base, there.seq_lens, there.final_lens, there.slots
+        moved = tuple(each.cuda() for each in block)
+        found.append(
+            form.replay(
+                moved, there.pool.state, rings, lens, LAYER.scale, LAYER.l2norm, LAYER.flush_every, tiles
+            )
+        )
+        assert_close(found[-1], expected, tolerance(LAYER, exact))
+        assert_pool(there.pool, pool, LAYER, exact)
+    assert not exact or torch.equal(*found)
 
 
 def test_short_rings_of_one_token() -> None:

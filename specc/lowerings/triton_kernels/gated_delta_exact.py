@@ -7,15 +7,20 @@ taken from matrix products, whose elements depend on their own row and column on
 tile's shape nor how memory is aligned can change a sum. Compile without contraction.
 
 A segment is what lies between two boundaries. ``_prepare`` computes all that depends on keys and decays only,
-per value head; ``_verify`` owns some columns of the state.
+per value head; ``_verify`` owns some columns of the state. Where the device can, ``_verify`` starts while
+``_prepare`` still runs, and waits for it behind the loads which do not depend on it.
 """
 
 from __future__ import annotations
+
+import dataclasses
+import functools
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from specc.lowerings.gated_delta_rule_replay import LONGEST
 from specc.lowerings.triton_kernels.gated_delta_rule import (
@@ -28,10 +33,26 @@ from specc.lowerings.triton_kernels.gated_delta_rule import (
     slot_of,
 )
 
-# Of every configuration: a longer chunk would be multiplied by other instructions, with other bits. Sums
-# over records depend on the warps of _prepare; _verify has no sums but products and fused multiply-adds.
-COLUMNS, CHUNK, STAGES = 64, 32, 3
-PREPARE_WARPS, VERIFY_WARPS = 4, 2
+# Of every configuration: a longer chunk would be multiplied by other instructions, with other bits; and sums
+# over records depend on the warps of _prepare.
+CHUNK = 32
+# Records added in a row, for all of which loads are on their way.
+BATCH = tl.constexpr(4)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """``columns`` of the state a program of ``_verify`` owns. It has no sums: bits depend on none of this."""
+
+    columns: int
+    num_warps: int
+    num_stages: int
+
+
+# By whether the rows alone fill the device.
+TILES = {False: Tiles(32, 2, 5), True: Tiles(128, 2, 3)}
+# For more than 8 tokens, wide keys and float32.
+WIDE = Tiles(32, 2, 3)
 
 
 @triton.jit
@@ -108,12 +129,14 @@ def _prepare(
     ring_k_row, ring_k_entry, ring_k_head, ring_g_row, ring_g_entry, ring_g_head,
     K: tl.constexpr, GROUP: tl.constexpr, L2NORM: tl.constexpr, FLUSH_EVERY: tl.constexpr,
     TOKENS: tl.constexpr, RECORDS: tl.constexpr, BLOCK_K: tl.constexpr,
-    RING: tl.constexpr,
+    RING: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """scores: [B, HV, 2 TOKENS, RECORDS + 1], what each record of its segment and, last, the state at its
     boundary counts for a key or a query; weights: [B, HV, segments, RECORDS + 1], what they count at the
     next boundary.
     """
+    if OVERLAP:
+        gdc_launch_dependents()
     row, head, _ = place(1, heads)
     key_head = head // GROUP
     lane = tl.arange(0, 2 * TOKENS)
@@ -121,22 +144,22 @@ def _prepare(
     token = lane % TOKENS
     is_query = lane >= TOKENS
     live = token < tokens
+    lane_k = tl.arange(0, BLOCK_K)
+    in_k = lane_k < K
+    k += row * k_row + key_head * k_head
+    q += row * q_row + key_head * q_head
+    g += row * g_row + head * g_head
+    xs += (row * heads + head) * 2 * TOKENS * K
+    x = _keys_and_queries(q, q_token, k, k_token, tokens, xs, K, TOKENS, BLOCK_K)
     slot = slot_of(slots, row)
     start, pending, _, length = counts(base, seq_lens, final_lens, slot, row, RING, FLUSH_EVERY)
     if length < 0:
         return
     ring_k += slot * ring_k_row + key_head * ring_k_head
     ring_g += slot * ring_g_row + head * ring_g_head
-    k += row * k_row + key_head * k_head
-    q += row * q_row + key_head * q_head
-    g += row * g_row + head * g_head
     scores += ((row * heads + head) * 2 * TOKENS + lane) * (RECORDS + 1)
     weights += (row * heads + head) * segments * (RECORDS + 1)
 
-    lane_k = tl.arange(0, BLOCK_K)
-    in_k = lane_k < K
-    xs += (row * heads + head) * 2 * TOKENS * K
-    x = _keys_and_queries(q, q_token, k, k_token, tokens, xs, K, TOKENS, BLOCK_K)
     x_squares = tl.dot(x, tl.trans(x), input_precision="ieee")
     x_squares = tl.where(lane[:, None] == other[None, :], x_squares, 0.0)
     x_norm = inverse_norm(tl.sum(x_squares, 1), L2NORM) * tl.where(is_query, scale, 1.0)
@@ -220,6 +243,7 @@ def _verify(
     RING: tl.constexpr, K: tl.constexpr, V: tl.constexpr, GROUP: tl.constexpr, FLUSH_EVERY: tl.constexpr,
     TOKENS: tl.constexpr, RECORDS: tl.constexpr, PARTS: tl.constexpr, FOLD_PARTS: tl.constexpr,
     EVEN: tl.constexpr, CHUNK_K: tl.constexpr, BLOCK_V: tl.constexpr, STAGES: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Rows of a tile: TOKENS keys, then TOKENS queries."""
     row, head, tile = place(tiles, heads)
@@ -232,16 +256,21 @@ def _verify(
     in_v = lane_v < V
     out_at = out + (((row * tokens + token) * heads + head) * V)[:, None] + lane_v[None, :]
     out_live = (is_query & live)[:, None] & in_v[None, :]
+    written = (lane < TOKENS) & live
+    value_at = v + row * v_row + head * v_head + (token * v_token)[:, None] + lane_v[None, :]
+    values = tl.load(value_at, mask=written[:, None] & in_v[None, :], other=0.0).to(tl.float32)
+    rate_at = beta + row * beta_row + head * beta_head + token * beta_token
+    rate = tl.load(rate_at, mask=written, other=0.0).to(tl.float32)
     slot = slot_of(slots, row)
     start, pending, flushed, length = counts(base, seq_lens, final_lens, slot, row, RING, FLUSH_EVERY)
+    if OVERLAP:
+        gdc_wait()
     if length < 0:
         tl.store(out_at, tl.zeros([2 * TOKENS, BLOCK_V], out.dtype.element_ty), mask=out_live)
         return
     state += slot * state_row + head * state_head
     ring_k += slot * ring_k_row + key_head * ring_k_head
     ring_u += slot * ring_u_row + head * ring_u_head
-    v += row * v_row + head * v_head + lane_v
-    beta += row * beta_row + head * beta_head
     scores += ((row * heads + head) * 2 * TOKENS + lane) * (RECORDS + 1)
     weights += (row * heads + head) * segments * (RECORDS + 1)
 
@@ -272,34 +301,59 @@ def _verify(
         offset = segment * FLUSH_EVERY - pending
         here = (token >= offset) & (token < offset + FLUSH_EVERY) & live
         acc = acc * tl.load(scores + RECORDS, mask=here, other=0.0)[:, None]
-        for number in range(tl.minimum(FLUSH_EVERY, tokens - offset)):
-            now = offset + number
+        held = tl.minimum(tl.maximum(-offset, 0), FLUSH_EVERY)
+        for begin in range(0, held, BATCH):
+            # Behind the last one zeros are added, which can change the sign of a zero only.
+            for number in tl.static_range(BATCH):
+                inside = in_v & ((begin + number + tl.zeros_like(lane_v)) < held)
+                at = ((start + segment * FLUSH_EVERY + begin + number) % RING).to(tl.int64) * ring_u_entry
+                one = tl.load(ring_u + at + lane_v, mask=inside, other=0.0)
+                counted = here & ((begin + number + tl.zeros_like(lane)) < held)
+                factor = tl.load(scores + begin + number, mask=counted, other=0.0)
+                factor = tl.broadcast_to(factor[:, None], acc.shape)
+                acc = tl.fma(factor, tl.broadcast_to(one[None, :], acc.shape), acc)
+        for now in range(tl.maximum(offset, 0), tl.minimum(offset + FLUSH_EVERY, tokens)):
+            factor = tl.load(scores + now - offset, mask=here, other=0.0)
             at = ((start + pending + now) % RING).to(tl.int64) * ring_u_entry
-            if now < 0:
-                one = tl.load(ring_u + at + lane_v, mask=in_v, other=0.0)
-            else:
-                value = tl.load(v + now.to(tl.int64) * v_token, mask=in_v, other=0.0).to(tl.float32)
-                rate = tl.load(beta + now.to(tl.int64) * beta_token).to(tl.float32)
-                one = (value - tl.sum(tl.where((lane == now)[:, None], acc, 0.0), 0)) * rate
-                tl.store(ring_u + at + lane_v, one, mask=in_v)
-            factor = tl.load(scores + number, mask=here, other=0.0)
+            one = tl.sum(tl.where((lane == now)[:, None], (values - acc) * rate[:, None], 0.0), 0)
+            tl.store(ring_u + at + lane_v, one, mask=in_v)
             factor = tl.broadcast_to(factor[:, None], acc.shape)
             acc = tl.fma(factor, tl.broadcast_to(one[None, :], acc.shape), acc)
         tl.store(out_at, acc.to(out.dtype.element_ty), mask=out_live & here[:, None])
         tl.debug_barrier()
 
 
+@functools.cache
+def _overlaps(device: torch.device) -> bool:
+    """Whether a kernel may start before the one in front of it ends."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def prepare_warps(dtype: torch.dtype) -> int:
+    return 4 if dtype == torch.float32 else 2
+
+
+def tiles_for(k: Tensor, heads: int) -> Tiles:
+    rows, tokens, _, key_dim = k.shape
+    if tokens > 8 or key_dim > 128 or k.dtype == torch.float32:
+        return WIDE
+    return TILES[rows * heads >= 512]
+
+
 def replay(
     block: tuple[Tensor, ...], state: Tensor, rings: tuple[Tensor, ...], lens: tuple[Tensor | None, ...],
-    scale: float, l2norm: bool, flush_every: int,
+    scale: float, l2norm: bool, flush_every: int, chosen: Tiles | None = None,
 ) -> Tensor:  # fmt: skip
     """``specc::gated_delta_rule_replay``, exact. lens: base, seq_lens, final_lens, slots."""
     q, k, v, g, beta = block
     ring_k, ring_u, ring_g = rings
     rows, tokens, heads, dim = v.shape
+    tiles = chosen or tiles_for(k, heads)
     out = torch.empty_like(v, memory_format=torch.contiguous_format)
-    block_v = columns(dim, COLUMNS)
-    tiles = triton.cdiv(dim, block_v)
+    block_v, overlap = columns(dim, tiles.columns), _overlaps(q.device)
+    across = triton.cdiv(dim, block_v)
     key_dim, ring_size = k.shape[3], ring_k.shape[1]
     padded, records = 8 if tokens <= 8 else 16, columns(flush_every, LONGEST)
     segments = (ring_size + tokens - 1) // flush_every + 1
@@ -309,20 +363,21 @@ def replay(
     lens = tuple(None if x is None else x.contiguous() for x in lens)
     shared = {
         "K": key_dim, "GROUP": heads // k.shape[2], "FLUSH_EVERY": flush_every, "TOKENS": padded,
-        "RECORDS": records, "RING": ring_size, "num_stages": 1, "enable_fp_fusion": False,
+        "RECORDS": records, "RING": ring_size, "OVERLAP": overlap, "num_stages": 1,
+        "enable_fp_fusion": False,
     }  # fmt: skip
     _prepare[(rows * heads,)](
         q, k, g, ring_k, ring_g, *lens, xs, scores, weights, scale, tokens, heads, segments,
         *(stride for x in (q, k, g, ring_k, ring_g) for stride in x.stride()[:3]),
-        L2NORM=l2norm, BLOCK_K=columns(key_dim, 256), num_warps=PREPARE_WARPS,
+        L2NORM=l2norm, BLOCK_K=columns(key_dim, 256), num_warps=prepare_warps(k.dtype),
         **shared,
     )  # fmt: skip
-    _verify[(rows * heads * tiles,)](
+    _verify[(rows * heads * across,)](
         v, beta, state, ring_k, ring_u, *lens, xs, scores, weights, out,
-        tokens, heads, tiles, segments,
+        tokens, heads, across, segments,
         *(stride for x in (v, beta, state, ring_k, ring_u) for stride in x.stride()[:3]),
         V=dim, PARTS=parts(k, state), FOLD_PARTS=parts(k, ring_u), CHUNK_K=CHUNK, BLOCK_V=block_v,
-        EVEN=key_dim % CHUNK == 0 and dim % block_v == 0, STAGES=STAGES,
-        num_warps=VERIFY_WARPS, **shared,
+        EVEN=key_dim % CHUNK == 0 and dim % block_v == 0, STAGES=tiles.num_stages,
+        num_warps=tiles.num_warps, **shared, **({"launch_pdl": True} if overlap else {}),
     )  # fmt: skip
     return out

@@ -56,19 +56,35 @@ def _high(y, half):
 
 
 @triton.jit
+def _upper(y):
+    """What bfloat16 holds of a float32, cut off; and the rest."""
+    bits = y.to(tl.int32, bitcast=True)
+    rest = y - (bits & -65536).to(tl.float32, bitcast=True)
+    return (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True), rest
+
+
+@triton.jit
 def product(x, y, acc, PARTS: tl.constexpr):
     """``acc + x @ y`` to float32's accuracy, y being float32.
 
     PARTS 0: as IEEE has it. PARTS 1 and 2: by tf32 products, which hold an x of 16 bits exactly, and so a y
     of 16 bits; a wider y is cut into two parts, of which the lower one loses a bit or two of 2^-23. PARTS 3:
-    the same with an instruction less and a bit more lost.
+    the same with an instruction less and a bit more lost. PARTS 4: x is of bfloat16, and y is cut into three
+    parts of that, which lose nothing.
     """
     wide = x.to(tl.float32)
     if PARTS == 0:
         acc = tl.dot(wide, y, acc, input_precision="ieee")
     if PARTS == 1:
         acc = tl.dot(wide, y, acc, input_precision="tf32")
-    if PARTS >= 2:
+    if PARTS == 4:
+        first, rest = _upper(y)
+        second, rest = _upper(rest)
+        third, _ = _upper(rest)
+        acc = tl.dot(x, third, acc)
+        acc = tl.dot(x, second, acc)
+        acc = tl.dot(x, first, acc)
+    elif PARTS >= 2:
         high = _high(y, 4096 if PARTS == 2 else 0)
         acc = tl.dot(wide, y - high, acc, input_precision="tf32")
         acc = tl.dot(wide, high, acc, input_precision="tf32")
@@ -196,6 +212,12 @@ def cut(x: Tensor, y: Tensor) -> int:
     """``parts`` where a bit matters less than an instruction."""
     found = parts(x, y)
     return 3 if found == 2 else found
+
+
+def lossless_parts(x: Tensor, y: Tensor) -> int:
+    """``parts`` where steps of bfloat16, which are the shorter ones, can do."""
+    found = parts(x, y)
+    return 4 if found == 2 and x.dtype == torch.bfloat16 else found
 
 
 @functools.cache
