@@ -17,6 +17,7 @@ from specc.lowerings.gated_delta_rule_snapshot import gated_delta_rule_snapshot
 from specc.lowerings.greedy_select import greedy_select
 from specc.lowerings.kv_write import kv_write
 from specc.lowerings.linear import linear
+from specc.lowerings.linears import linears
 from specc.lowerings.ragged_kv import ragged_kv
 from specc.lowerings.read_pages import read_pages
 from specc.lowerings.recurrent_state import recurrent_state
@@ -47,6 +48,7 @@ __all__ = [
     "greedy_select",
     "kv_write",
     "linear",
+    "linears",
     "ragged_kv",
     "read_pages",
     "recurrent_state",

@@ -1,11 +1,14 @@
-"""``specc::linear``: a few rows times a weight matrix, the bulk of a verify block on a CPU."""
+"""``specc::linear``: a few rows times a weight matrix, the bulk of a verify block."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from specc import compat
+from specc.lowerings import triton_kernels
 from specc.lowerings.devices import usual_dtype
 from specc.lowerings.framework import Provider, Reason, define_op
 
@@ -43,8 +46,54 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return compat.onednn_linear(x, weight, bias)
 
 
-# cuBLAS takes the same sums for a row in products of up to this many rows (measured on an H200: eight
-# shapes, torch 2.11), and not always beyond.
+# Up to this many rows, and from this many outputs on, cuBLAS was never clearly faster than the kernel
+# (benchmarks/NOTES.md): one program sums all of a result, so few outputs are few programs.
+ROWS, OUTPUTS = 64, 4096
+# Weights in one launch.
+MOST = 4
+HALVES = (torch.bfloat16, torch.float16)
+
+
+def kernel_unfit(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Reason:
+    """Why the Triton kernel cannot multiply ``x`` by these weights in one launch, or None."""
+    given = [each for each in biases if each is not None]
+    if len(given) not in (0, len(weights)):
+        return "takes biases for all weights or for none"
+    if not 1 <= len(weights) <= MOST:
+        return f"takes 1 to {MOST} weights, got {len(weights)}"
+    dtypes = {each.dtype for each in (x, *weights, *given)}
+    if len(dtypes) > 1 or x.dtype not in HALVES:
+        return f"needs bfloat16 or float16 throughout, got {', '.join(sorted(map(str, dtypes)))}"
+    if x.stride(1) != 1 or not all(each.is_contiguous() for each in (*weights, *given)):
+        return "needs contiguous rows, weights and biases"
+    return triton_kernels.unfit(x, *weights, *given)
+
+
+def too_many_rows(x: Tensor, most: int) -> Reason:
+    if not isinstance(x.shape[0], int):
+        return "is for a number of rows that is known"
+    return None if x.shape[0] <= most else f"is only faster up to {most} rows, got {x.shape[0]}"
+
+
+def _triton_supports(x: Tensor, weight: Tensor, bias: Tensor | None) -> Reason:
+    unfit = kernel_unfit(x, [weight], [bias])
+    if unfit is not None:
+        return unfit
+    if weight.shape[0] < OUTPUTS:
+        return f"is only faster from {OUTPUTS} outputs on, got {weight.shape[0]}"
+    return too_many_rows(x, ROWS)
+
+
+def _triton(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    from specc.lowerings.triton_kernels import linear as kernel
+
+    with torch.cuda.device_of(x):
+        (product,) = kernel.products(x, [weight], None if bias is None else [bias])
+    return product
+
+
+# For exact graphs where the Triton kernel cannot be taken. Up to this many rows cuBLAS sums a row alike
+# in most shapes, beyond it in fewer (an H200, torch 2.11; benchmarks/NOTES.md).
 ALIKE = 32
 
 
@@ -66,8 +115,8 @@ def _in_slices(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _sample(device: str) -> tuple[Tensor, ...]:
-    x, weight = (torch.randn(n, 64, device=device, dtype=usual_dtype(device)) for n in (4, 96))
-    return x, weight, torch.randn(96, device=device, dtype=x.dtype)
+    x, weight = (torch.randn(n, 200, device=device, dtype=usual_dtype(device)) for n in (5, 4100))
+    return x, weight / 16, torch.randn(4100, device=device, dtype=x.dtype)
 
 
 linear = define_op(
@@ -77,6 +126,7 @@ linear = define_op(
     _fake,
     _sample,
     (
+        Provider("triton", _triton, _triton_supports, priority=20),
         Provider("onednn", _onednn, _onednn_supports, priority=10),
         # Behind the reference: it is only taken by lower_linear, for exact graphs.
         Provider("in_slices", _in_slices, _in_slices_supports, priority=-10),

@@ -1,7 +1,8 @@
-"""Products with a transposed weight become specc::linear on CPUs, and only there."""
+"""Products with a transposed weight become specc::linear, or several at once specc::linears."""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from specc.lowerings import linear, linears, triton_kernels
 from specc.options import Options
 from specc.passes import PassContext, PassResult, lower_linear
 
@@ -89,6 +91,7 @@ def test_refuses_where_nothing_beats_aten() -> None:
         gm = make_fx(torch.nn.functional.linear)(x, w)
         reason = refusal(lower_linear.PASS.run(gm, PassContext(Options())))
     assert "for CPUs, got cuda" in reason
+    assert "needs bfloat16 or float16" in reason
     _, result = rewritten(torch.nn.functional.linear, X.bfloat16(), W.bfloat16())
     assert "float32" in refusal(result)
     _, result = rewritten(torch.nn.functional.linear, X, W, providers={"linear": "reference"})
@@ -110,3 +113,161 @@ def test_a_provider_that_is_asked_for_comes_before_exactness() -> None:
         torch.nn.functional.linear, torch.randn(40, 4), W, exact=True, providers={"linear": "onednn"}
     )
     assert count(gm, torch.ops.specc.linear.default) == 1
+
+
+@pytest.fixture
+def anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Triton kernel takes tensors of any device, and wants them for any size."""
+    monkeypatch.setattr(triton_kernels, "unfit", lambda *_: None)
+    # The package's attribute of that name is the operator.
+    monkeypatch.setattr(importlib.import_module("specc.lowerings.linear"), "OUTPUTS", 1)
+
+
+def by_references(gm: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    """The same graph, runnable without a GPU."""
+    for node in gm.graph.nodes:
+        op = {"specc.linear": linear, "specc.linears": linears}.get(str(node.target).rpartition(".")[0])
+        node.target = node.target if op is None else op.reference
+    gm.recompile()
+    return gm
+
+
+def halves(*shape: int) -> torch.Tensor:
+    return torch.randn(shape).bfloat16()
+
+
+def attention(x: Any, q: Any, k: Any, v: Any, o: Any) -> Any:
+    queries, keys, values = (torch.nn.functional.linear(x, each) for each in (q, k, v))
+    return torch.nn.functional.linear(queries * keys.sum() + values.sum(), o)
+
+
+def gated(x: Any, gate: Any, up: Any, down: Any) -> Any:
+    activated = torch.nn.functional.silu(torch.nn.functional.linear(x, gate))
+    return torch.nn.functional.linear(activated * torch.nn.functional.linear(x, up), down)
+
+
+X3 = halves(2, 3, 4)
+LAYERS = [
+    (attention, (X3, halves(8, 4), halves(2, 4), halves(2, 4), halves(4, 8))),
+    (gated, (X3, halves(6, 4), halves(6, 4), halves(4, 6))),
+]
+
+
+@pytest.mark.usefixtures("anywhere")
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize(("function", "inputs"), LAYERS)
+def test_products_of_the_same_rows_share_a_launch(function: Any, inputs: Any, exact: bool) -> None:
+    gm, result = rewritten(function, *inputs, exact=exact)
+    shared = len(inputs) - 2
+    overload = "triton" if exact else "default"
+    called = [str(node.target) for node in gm.graph.nodes if "specc.linear" in str(node.target)]
+    assert called == [f"specc.linears.{overload}", f"specc.linear.{overload}"]
+    assert count(gm, aten.mm.default) + count(gm, aten.t.default) == 0
+    assert result.matched == shared + 1
+    assert sum("shares one launch with" in remark.reason for remark in result.remarks) == shared
+    gm.graph.lint()
+    assert torch.equal(by_references(gm)(*inputs), function(*inputs))
+
+
+@pytest.mark.usefixtures("anywhere")
+def test_launches_take_at_most_four_and_biases_for_all_or_none() -> None:
+    weights, biases = [halves(n, 4) for n in range(1, 8)], [halves(n) for n in range(1, 3)]
+
+    def many(x: Any, *parameters: Any) -> Any:
+        weights, biases = parameters[:7], parameters[7:]
+        with_bias = [torch.nn.functional.linear(x, *each) for each in zip(weights, biases, strict=False)]
+        return (*with_bias, *(torch.nn.functional.linear(x, weight) for weight in weights[2:]))
+
+    inputs = (halves(3, 4), *weights, *biases)
+    gm, result = rewritten(many, *inputs)
+    sizes = [
+        [weight.meta["val"].shape[0] for weight in node.args[1]]
+        for node in gm.graph.find_nodes(op="call_function", target=linears.overload)
+    ]
+    assert sorted(sizes) == [[1, 2], [3, 4, 5, 6]]
+    assert (count(gm, linear.overload), result.matched) == (1, 7)
+    for ours, expected in zip(by_references(gm)(*inputs), many(*inputs), strict=True):
+        assert torch.equal(ours, expected)
+
+
+@pytest.mark.usefixtures("anywhere")
+def test_products_of_products() -> None:
+    """A group's rows may be another group's product, whose node is gone by then."""
+
+    def chain(x: Any, *weights: Any) -> Any:
+        a, b = (x @ weight.t() for weight in weights[:2])
+        c, d = (a @ weight.t() for weight in weights[2:])
+        return a, b, c, d
+
+    inputs = (halves(3, 4), *(halves(4, 4) for _ in range(4)))
+    gm, result = rewritten(chain, *inputs)
+    assert (count(gm, linears.overload), result.matched) == (2, 4)
+    for ours, expected in zip(by_references(gm)(*inputs), chain(*inputs), strict=True):
+        assert torch.equal(ours, expected)
+
+
+@pytest.mark.usefixtures("anywhere")
+def test_a_weight_that_depends_on_a_product_stays_apart() -> None:
+    def tied(x: Any, w: Any) -> Any:
+        first = x @ w.t()
+        return first @ (x @ (w * first.sum()).t()).t()
+
+    inputs = (halves(4, 4), halves(4, 4))
+    gm, _ = rewritten(tied, *inputs)
+    assert count(gm, linears.overload) == 0
+    assert torch.equal(by_references(gm)(*inputs), tied(*inputs))
+
+
+@pytest.mark.usefixtures("anywhere")
+def test_a_weight_that_comes_later_moves_the_launch() -> None:
+    def late(x: Any, v: Any, w: Any) -> Any:
+        first = x @ v.t()
+        second = x @ (w * 2).t()
+        return first + second
+
+    inputs = (halves(3, 4), halves(5, 4), halves(5, 4))
+    gm, _ = rewritten(late, *inputs)
+    assert count(gm, linears.overload) == 1
+    assert torch.equal(by_references(gm)(*inputs), late(*inputs))
+
+
+@pytest.mark.usefixtures("anywhere")
+def test_nothing_moves_across_a_change_in_place() -> None:
+    def changing(x: Any, v: Any, w: Any) -> Any:
+        first = x @ v.t()
+        x.add_(1)
+        return first + x @ w.t()
+
+    inputs = (halves(3, 4), halves(5, 4), halves(5, 4))
+    gm, _ = rewritten(changing, *inputs)
+    assert (count(gm, linears.overload), count(gm, linear.overload)) == (0, 2)
+    expected = changing(inputs[0].clone(), *inputs[1:])
+    assert torch.equal(by_references(gm)(inputs[0].clone(), *inputs[1:]), expected)
+
+
+@pytest.mark.usefixtures("anywhere")
+@pytest.mark.parametrize("providers", [{"linear": "reference"}, {"linears": "reference"}])
+def test_a_provider_that_is_asked_for_prevents_shared_launches(providers: dict[str, str]) -> None:
+    gm, _ = rewritten(*(gated, *LAYERS[1][1]), providers=providers)
+    assert count(gm, linears.overload) == 0
+    assert count(gm, linear.overload) == (0 if "linear" in providers else 3)
+
+
+@pytest.mark.usefixtures("anywhere")
+def test_many_rows_are_for_exact_graphs_only() -> None:
+    inputs = (halves(200, 4), halves(6, 4), halves(6, 4), halves(4, 6))
+    gm, result = rewritten(gated, *inputs)
+    assert (result.matched, count(gm, aten.mm.default)) == (0, 3)
+    assert all("only faster up to 64 rows" in remark.reason for remark in result.remarks)
+    gm, result = rewritten(gated, *inputs, exact=True)
+    assert (result.matched, count(gm, aten.mm.default)) == (3, 0)
+    assert count(gm, torch.ops.specc.linear.in_slices) == 0
+
+
+@pytest.mark.usefixtures("anywhere")
+def test_exact_leaves_prompts_of_any_length_to_the_library() -> None:
+    """Their graph is the same with and without drafts."""
+    gm = make_fx(gated, tracing_mode="symbolic")(halves(3, 4), halves(6, 4), halves(6, 4), halves(4, 6))
+    result = lower_linear.PASS.run(gm, PassContext(Options(exact=True)))
+    assert (result.matched, count(gm, aten.mm.default)) == (0, 3)
+    assert all("for a number of rows that is known" in remark.reason for remark in result.remarks)
