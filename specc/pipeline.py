@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import logging
@@ -15,6 +16,7 @@ from torch.fx import GraphModule
 
 from specc import compat, regions, verify_calls
 from specc.errors import OptionError, UnsupportedError
+from specc.fixed_reductions import fixed_reductions
 from specc.lowerings.devices import device_kind
 from specc.lowerings.framework import REGISTRY
 from specc.options import Options
@@ -81,7 +83,8 @@ def _through_inductor(
         nonlocal traced
         traced = True
         _run_level("aten", aten_gm, context, observers)
-        return compat.inductor_compile(aten_gm, fake_inputs, patches)
+        with fixed_reductions() if context.options.exact else contextlib.nullcontext():
+            return compat.inductor_compile(aten_gm, fake_inputs, patches)
 
     # A dump needs the passes to run, so it must not be answered from torch's cache.
     dumping = dump_folder(context.options) is not None
@@ -179,7 +182,7 @@ def sources_hash() -> str:
     digest = hashlib.sha256()
     folders = (PACKAGE / "passes", PACKAGE / "lowerings")
     files = [path for folder in folders for path in folder.rglob("*.py")]
-    files += [PACKAGE / "pipeline.py", PACKAGE / "compat.py"]
+    files += [PACKAGE / name for name in ("pipeline.py", "compat.py", "fixed_reductions.py")]
     for path in sorted(files):
         digest.update(path.read_bytes())
     return digest.hexdigest()
