@@ -12,17 +12,20 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.generation_floor import Floor
 from specc.bench import Call
 
-# What a kernel's name says it is; the first that fits. On a CPU, names are those of operators.
+# What a kernel's name says it is; the first that fits. On a CPU, names are those of operators. Inductor's
+# come first, because it names kernels after operators, too, and then specc's own.
 GROUPS = (
     ("copies", r"(?i)memcpy|memset|aten::(copy_|fill_|zero_)"),
-    ("recurrent", r"(?i)gated_delta|delta_rule|ssd|conv1d|conv_inputs|fold_|_replay"),
-    ("attention", r"(?i)attention|flash|fmha|kv_write"),
-    ("choice", r"(?i)greedy_select|argmax"),
-    (
-        "products",
-        r"(?i)gemm|gemv|nvjet|cutlass|splitk|cublas|skinny|linear|aten::(mm|addmm|bmm)|tem_fused.*mm",
-    ),
+    ("products", r"tem_fused.*mm"),
     ("fused by Inductor", r"^triton_|^cpp_fused|inductor"),
+    ("products", r"^_products$"),
+    ("recurrent", r"^_(replay|inputs|commit|prepare|verify|recurrent|fold|snapshot)$"),
+    ("attention", r"^(attend|combine|_write|_from_requests|_from_ragged)$"),
+    ("choice", r"^_(block_maxima|merge_blocks)$"),
+    ("recurrent", r"(?i)gated_delta|delta_rule|ssd|conv1d|conv_inputs|fold_|_replay"),
+    ("attention", r"(?i)attention|flash|fmha|kv_write|scatter_.*page_table"),
+    ("choice", r"(?i)greedy_select|argmax"),
+    ("products", r"(?i)gemm|gemv|nvjet|cutlass|splitk|cublas|linear|aten::(mm|addmm|bmm)"),
     ("other", ""),
 )
 # The group that moves what a floor counts; logits are written by products.
@@ -107,7 +110,7 @@ def _difference(short: Profile, long: Profile, name: str, steps: float) -> dict[
 
 def _groups(kernels: list[dict[str, Any]], floor: Floor, bandwidth: float) -> list[dict[str, Any]]:
     rows = []
-    for name, _ in GROUPS:
+    for name in dict.fromkeys(name for name, _ in GROUPS):
         mine = [each for each in kernels if each["group"] == name]
         time = sum(each["microseconds"] for each in mine)
         moved = sum(getattr(floor, part) for part in MOVED.get(name, ()))

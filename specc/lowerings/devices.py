@@ -17,15 +17,6 @@ def usual_dtype(device: str) -> torch.dtype:
     return torch.float32 if device == "cpu" else torch.bfloat16
 
 
-# Where sums in one order cost less than 3 % of a step (benchmarks/NOTES.md).
-_CHEAPLY_EXACT = (("cuda", torch.bfloat16), ("cuda", torch.float16))
-
-
-def exact_by_default(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a model there, of that dtype, is decoded with ``exact`` unless told otherwise."""
-    return (device_kind(device), dtype) in _CHEAPLY_EXACT
-
-
 def free_bytes(device: torch.device) -> int | None:
     """Memory that can still be allocated there, or None where the device does not say."""
     if device.type != "cuda":
