@@ -24,7 +24,7 @@ SHORT, MANY = 64, 64
 
 @contextlib.contextmanager
 def fixed_reductions() -> Iterator[None]:
-    """Within this, Inductor compiles reductions of a known size so. Others (dynamic shapes) stay its own."""
+    """Within this, Inductor compiles sums of a known length so, however many there are; others as ever."""
     from torch._inductor.virtualized import V
 
     with V.set_choices_handler(_choices(type(V.choices))()):
@@ -60,15 +60,11 @@ def _choices(base: Any) -> Any:
 
 
 def _is_fixed(features: Any, tiling: dict[str, Any]) -> bool:
-    """Whether a kernel is a reduction along one dimension, of a known size. Scans and sorts are not."""
+    """Whether a kernel is a reduction along one dimension, of a known length. Scans and sorts are not."""
     if not features.is_reduction() or any(features.contains_op(name) for name in ("scan", "sort")):
         return False
-    sizes = (features.numel, features.reduction_numel)
-    return set(tiling) == {"x", "r0_"} and all(_is_known(size) for size in sizes)
-
-
-def _is_known(size: Any) -> bool:
-    return isinstance(size, int) or bool(size.is_Integer)
+    length = features.reduction_numel
+    return set(tiling) == {"x", "r0_"} and (isinstance(length, int) or bool(length.is_Integer))
 
 
 def tile_of(length: int) -> tuple[dict[str, int], bool]:

@@ -53,7 +53,7 @@ def configurations(monkeypatch: pytest.MonkeyPatch, fresh_compiler: None) -> Cal
     monkeypatch.setattr(triton.runtime.driver, "_active", Driver())
     monkeypatch.setattr(async_compile.AsyncCompile, "triton", keep)
 
-    def of(rows: int, how: Callable[[], Any]) -> set[str]:
+    def of(rows: int, how: Callable[[], Any], dynamic: bool = False) -> set[str]:
         """What each kernel of ``block`` says of its tiles."""
         sources.clear()
         torch._dynamo.reset()
@@ -62,7 +62,10 @@ def configurations(monkeypatch: pytest.MonkeyPatch, fresh_compiler: None) -> Cal
         stopped = pytest.raises(AttributeError, match="'run'")
         patched = config.patch(cpu_backend="triton", force_disable_caches=True)
         with torch.no_grad(), patched, how(), stopped:
-            torch.compile(block, dynamic=False)(*inputs)
+            if dynamic:
+                for each in inputs:
+                    torch._dynamo.mark_dynamic(each, 0)
+            torch.compile(block, dynamic=None if dynamic else False)(*inputs)
         found = (re.search(r"@triton_heuristics\.(\w+\(.*?)filename", text, re.DOTALL) for text in sources)
         return {" ".join(each[1].split()) for each in found if each}
 
@@ -75,6 +78,8 @@ def test_tiles_do_not_depend_on_the_number_of_rows(configurations: Callable[...,
     assert len(tiles[2]) >= 4
     assert all(each.startswith("fixed_config(") for each in tiles[2])
     assert all(tiles[rows] == tiles[2] for rows in ROWS)
+    # Prompts of any length: their graph may be compiled anew for another block, and timed anew.
+    assert configurations(12, fixed_reductions, dynamic=True) == tiles[2]
 
 
 @pytest.mark.skipif(obstacle() is not None, reason=str(obstacle()))
