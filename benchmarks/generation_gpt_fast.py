@@ -1,6 +1,7 @@
 """gpt-fast as a peer: its own code, from a checkout that whoever runs this names, on the pair's weights.
 
-Commit bc04265 or older: later ones fail when they speculate. No tokenizer and no checkpoint are needed.
+Commit bc04265 or older: later ones fail when they speculate. No tokenizer and no checkpoint are needed. With
+torch 2.11 what its compiled decoding returns is copied, two small copies a token, or it would fail.
 """
 
 from __future__ import annotations

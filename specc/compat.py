@@ -112,6 +112,14 @@ def inductor_mode_patches(mode: str) -> dict[str, Any]:
     return list_mode_options(mode)
 
 
+def known_inductor_settings(wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of ``wanted`` that this torch's Inductor has."""
+    import torch._inductor.config as inductor_config
+
+    known = inductor_config.get_config_copy()
+    return {name: value for name, value in wanted.items() if name in known}
+
+
 def cpp_compiler_obstacle() -> str | None:
     """Why Inductor cannot build C++ here, or None. Its kernels are Python modules: they need Python.h."""
     from torch._inductor.cpp_builder import get_cpp_compiler

@@ -4,11 +4,14 @@ Inductor chooses a GPU kernel's tile for a reduction by the number of its rows, 
 candidates. Another tile adds the numbers of a row in another order: a norm over 4096 in a block of 2 tokens
 and in one of 3 differed in a fifth of its float32 results (H200, torch 2.11). Here the tile is a function of
 the length of a row alone. Inductor has a hook for that (InductorChoices.triton_kernel_kwargs).
+
+That holds from two rows on: of a single one, Triton may lay out a tile in another way.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,17 +25,37 @@ AT_ONCE, IN_A_LOOP = 1024, 4096
 SHORT, MANY = 64, 64
 
 
+# What else would choose by the number of rows or by timing, or asks for kernels that this does not know.
+CONFIG = {
+    "max_autotune": False,
+    "max_autotune_gemm": False,
+    "triton.coalesce_tiling_analysis": False,
+    "triton.mix_order_reduction": False,
+    "triton.nested_reduction": False,
+    "triton.prefer_nd_tiling": False,
+    "triton.tile_reductions": False,
+    "triton.use_block_ptr": False,
+    "triton.use_tensor_descriptor": False,
+}
+
+
 @contextlib.contextmanager
 def fixed_reductions() -> Iterator[None]:
-    """Within this, Inductor compiles sums of a known length so, however many there are; others as ever."""
+    """Within this, and with CONFIG, Inductor compiles sums of a known length so, however many there are.
+
+    No reduction is split among programs, which can cost where few sums are long.
+    """
     from torch._inductor.virtualized import V
 
-    with V.set_choices_handler(_choices(type(V.choices))()):
+    # A user may have replaced the choices by a class with a state of its own.
+    choices = copy.copy(V.choices)
+    choices.__class__ = _fixed(type(choices))
+    with V.set_choices_handler(choices):
         yield
 
 
-def _choices(base: Any) -> Any:
-    """A class of choices that leaves the rest to ``base``, which a user may have replaced."""
+def _fixed(base: Any) -> Any:
+    """A class of choices that leaves the rest to ``base``."""
 
     class Fixed(base):
         def triton_kernel_kwargs(
@@ -44,6 +67,8 @@ def _choices(base: Any) -> Any:
             if not _is_fixed(features, groups[0]):
                 return settings
             tile, at_once = tile_of(int(features.reduction_numel))
+            if settings.get("override_persistent_reduction", at_once) != at_once:
+                return settings
             return {
                 **settings,
                 "fixed_config": FixedTritonConfig(tile),

@@ -71,9 +71,9 @@ class Options:
     ``state_commit``: how that is done. "replay" keeps what each token adds to a state and adds it again;
     "snapshot" keeps the state after each token and copies one.
 
-    ``exact``: a token's bits do not depend on its block: products, reductions and recurrent layers sum in one
-    order (in float32, products of many rows are taken in slices). In the drop-in, with compile=True, decoding
-    with and without drafts then gives the same bits.
+    ``exact``: a token's bits do not depend on its block, from two rows on: products, reductions and recurrent
+    layers sum in one order (in float32, products of many rows are taken in slices), and no kernel is chosen
+    by timing. In the drop-in, with compile=True, decoding with and without drafts then gives the same bits.
     """
 
     inductor: bool | None = _option(

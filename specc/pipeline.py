@@ -16,6 +16,7 @@ from torch.fx import GraphModule
 
 from specc import compat, regions, verify_calls
 from specc.errors import OptionError, UnsupportedError
+from specc.fixed_reductions import CONFIG as FIXED
 from specc.fixed_reductions import fixed_reductions
 from specc.lowerings.devices import device_kind
 from specc.lowerings.framework import REGISTRY
@@ -153,6 +154,10 @@ def _config_patches(options: Options, mode: str | None) -> dict[str, Any]:
         log.info("mode=%r: specc leaves device graphs to its own runtime", mode)
     if options.max_autotune:
         patches["max_autotune"] = True
+    if options.exact:
+        if patches.get("max_autotune"):
+            log.info("exact: no kernel is chosen by timing, though max_autotune is on")
+        patches |= compat.known_inductor_settings(FIXED)
     return patches
 
 

@@ -106,7 +106,7 @@ def _in_slices_supports(x: Tensor, weight: Tensor, bias: Tensor | None) -> Reaso
 
 
 def _in_slices(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A row's bits do not depend on how many rows there are; the weight is read once per slice.
+    """A row's bits depend as little on how many rows there are as cuBLAS' do; the weight is read per slice.
 
     Slices are of about the same size: one row by itself would be summed differently.
     """

@@ -1,7 +1,8 @@
 """Give products with a transposed weight to ``specc::linear``, where something beats ``aten::mm``.
 
 Products of the same rows become one ``specc::linears`` where a kernel takes them in one launch. Where
-``exact`` is asked for, all go to a provider whose sums do not depend on the number of rows.
+``exact`` is asked for and the number of rows is known, products go to a provider whose sums do not depend on
+it, if there is one for their dtype and device.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ ONE, SEVERAL = _provider(linear, "triton"), _provider(linears, "triton")
 
 # Product -> positions of (x, transposed weight, bias) among its arguments.
 PRODUCTS = {aten.mm.default: (0, 1, None), aten.addmm.default: (1, 2, 0)}
-VIEWS = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
+VIEWS = (aten.view.default, aten._unsafe_view.default)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,6 +152,8 @@ def _launch(group: list[Site], forced: dict[str, str], exact: bool) -> OpOverloa
     """The operator that takes a group in one launch, or None."""
     weights, biases = [tensor_of(site.weight) for site in group], [fake_tensor(site.bias) for site in group]
     values = tensor_of(group[0].x), weights, biases
+    if forced.get(linears.name, SEVERAL.name) != SEVERAL.name:
+        return None
     if exact and _is_known(values[0]):
         return None if kernel_unfit(*values) else linears.provider_overload(SEVERAL)
     if forced.get(linear.name, SEVERAL.name) != SEVERAL.name:

@@ -82,7 +82,7 @@ class BoundModel:
         self._options = dataclasses.replace(options, mode=None)
         self._compiled = compiled
         count = len(rows.leaders)
-        # Kernels for one row of a product round differently from those for more.
+        # One row alone is summed in another way, by products and by Inductor's reductions.
         self._q_len = max(q_len, 2) if options.exact else q_len
         self.blank = torch.zeros(count, self._q_len, dtype=torch.int64, device=device)
         self._forward: Callable[..., Tensor] = role.function

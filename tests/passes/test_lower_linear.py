@@ -246,11 +246,15 @@ def test_nothing_moves_across_a_change_in_place() -> None:
 
 
 @pytest.mark.usefixtures("anywhere")
+@pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize("providers", [{"linear": "reference"}, {"linears": "reference"}])
-def test_a_provider_that_is_asked_for_prevents_shared_launches(providers: dict[str, str]) -> None:
-    gm, _ = rewritten(*(gated, *LAYERS[1][1]), providers=providers)
-    assert count(gm, linears.overload) == 0
-    assert count(gm, linear.overload) == (0 if "linear" in providers else 3)
+def test_a_provider_that_is_asked_for_prevents_shared_launches(
+    providers: dict[str, str], exact: bool
+) -> None:
+    gm, _ = rewritten(*(gated, *LAYERS[1][1]), providers=providers, exact=exact)
+    called = [str(node.target) for node in gm.graph.nodes if "specc.linear" in str(node.target)]
+    overload = "triton" if exact else "default"
+    assert called == ([] if "linear" in providers else [f"specc.linear.{overload}"] * 3)
 
 
 @pytest.mark.usefixtures("anywhere")

@@ -162,11 +162,11 @@ BUSY = 0.6
 def tile_of(x: Tensor, sizes: list[int]) -> Tile:
     """The tile for a product of ``x`` and weights of ``sizes`` rows."""
     rows, inner = x.shape
-    if torch.version.hip is not None:
-        return Tile(32, 128, min(max(triton.next_power_of_2(rows), 16), 64), 2, 4)
-    if inner % ALIGNMENT or _stride(x) % ALIGNMENT:
-        return SCATTERED
     processors, shared = _limits(x.device)
+    if torch.version.hip is not None:
+        return _within(shared, Tile(32, 128, min(max(triton.next_power_of_2(rows), 16), 64), 2, 4))
+    if inner % ALIGNMENT or _stride(x) % ALIGNMENT:
+        return _within(shared, SCATTERED)
     shapes = next(shapes for most, shapes in TILES.items() if most is None or rows <= most)
     enough = (shape for shape in shapes if _programs(rows, sizes, *shape) >= BUSY * processors)
     outputs, tokens = shape = next(enough, shapes[-1])
@@ -174,8 +174,13 @@ def tile_of(x: Tensor, sizes: list[int]) -> Tile:
     waves = [triton.cdiv(programs, processors * n) * n for n in range(1, len(SHARED[shape]) + 1)]
     # The fewest places left empty by the last wave; among equals, the most programs at a time.
     step, stages, warps = SHARED[shape][max(n for n, places in enumerate(waves) if places == min(waves))]
-    stages = min(stages, max(shared // ((outputs + tokens) * step * BYTES), 1))
-    return Tile(outputs, step, tokens, stages, warps)
+    return _within(shared, Tile(outputs, step, tokens, stages, warps))
+
+
+def _within(shared: int, tile: Tile) -> Tile:
+    """With as many stages as fit into ``shared`` bytes."""
+    stage = (tile.outputs + tile.tokens) * tile.inner * BYTES
+    return dataclasses.replace(tile, stages=min(tile.stages, max(shared // stage, 1)))
 
 
 def _stride(x: Tensor) -> int:
