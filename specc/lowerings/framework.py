@@ -23,13 +23,17 @@ LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 Reason = str | None
 
 
+def always(*_args: Any) -> Reason:
+    return None
+
+
 @dataclasses.dataclass(frozen=True)
 class Provider:
     """One implementation of an operator.
 
-    ``supports(*args)`` returns why this provider cannot serve the call, or None; it must work on fake
-    tensors. ``inline`` providers are plain PyTorch: compiled graphs take their body instead of a call,
-    so that Inductor can fuse it.
+    ``supports(*args)`` returns why this provider cannot serve the call, or None, and ``pays(*args)`` why
+    another would be faster; both must work on fake tensors. ``inline`` providers are plain PyTorch: compiled
+    graphs take their body instead of a call, so that Inductor can fuse it.
     """
 
     name: str
@@ -37,6 +41,7 @@ class Provider:
     supports: Callable[..., Reason]
     priority: int = 0
     inline: bool = False
+    pays: Callable[..., Reason] = always
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,15 +92,15 @@ class Op:
         return lambda *args: self.choose(*args, forced=provider).provider.run(*args)
 
     def choose(self, *args: Any, forced: str | None = None) -> Decision:
-        """The provider for this call, by priority among those that support it.
+        """The provider for this call, by priority among those that support it and pay.
 
-        Raises ProviderError if the forced one (or, unforced, every one) refuses the call.
+        A forced one need not pay. Raises ProviderError if it (or, unforced, every one) refuses the call.
         """
         refused: list[tuple[str, str]] = []
         for provider in sorted(self.providers, key=lambda p: -p.priority):
             if forced is not None and provider.name != forced:
                 continue
-            reason = provider.supports(*args)
+            reason = provider.supports(*args) or (None if forced else provider.pays(*args))
             if reason is None:
                 return Decision(self.name, provider, tuple(refused))
             refused.append((provider.name, reason))
@@ -104,10 +109,6 @@ class Op:
 
 
 REGISTRY: dict[str, Op] = {}
-
-
-def always(*_args: Any) -> Reason:
-    return None
 
 
 def define_op(

@@ -71,14 +71,15 @@ def kernel_unfit(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor |
 
 def too_many_rows(x: Tensor, most: int) -> Reason:
     if not isinstance(x.shape[0], int):
-        return "is for a number of rows that is known"
+        return "is only faster for few rows, and their number is not known"
     return None if x.shape[0] <= most else f"is only faster up to {most} rows, got {x.shape[0]}"
 
 
 def _triton_supports(x: Tensor, weight: Tensor, bias: Tensor | None) -> Reason:
-    unfit = kernel_unfit(x, [weight], [bias])
-    if unfit is not None:
-        return unfit
+    return kernel_unfit(x, [weight], [bias])
+
+
+def _triton_pays(x: Tensor, weight: Tensor, bias: Tensor | None) -> Reason:
     if weight.shape[0] < OUTPUTS:
         return f"is only faster from {OUTPUTS} outputs on, got {weight.shape[0]}"
     return too_many_rows(x, ROWS)
@@ -126,7 +127,7 @@ linear = define_op(
     _fake,
     _sample,
     (
-        Provider("triton", _triton, _triton_supports, priority=20),
+        Provider("triton", _triton, _triton_supports, priority=20, pays=_triton_pays),
         Provider("onednn", _onednn, _onednn_supports, priority=10),
         # Behind the reference: it is only taken by lower_linear, for exact graphs.
         Provider("in_slices", _in_slices, _in_slices_supports, priority=-10),

@@ -29,10 +29,7 @@ def _fake(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None])
     return [x.new_empty(x.shape[0], weight.shape[0]) for weight in weights]
 
 
-def _triton_supports(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Reason:
-    unfit = kernel_unfit(x, weights, biases)
-    if unfit is not None:
-        return unfit
+def _triton_pays(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Reason:
     small = len(weights) >= SEVERAL and sum(len(weight) for weight in weights) <= SMALL
     return too_many_rows(x, ROWS_OF_SEVERAL if small else ROWS)
 
@@ -57,5 +54,5 @@ linears = define_op(
     reference,
     _fake,
     _sample,
-    (Provider("triton", _triton, _triton_supports, priority=10),),
+    (Provider("triton", _triton, kernel_unfit, priority=10, pays=_triton_pays),),
 )

@@ -274,4 +274,17 @@ def test_exact_leaves_prompts_of_any_length_to_the_library() -> None:
     gm = make_fx(gated, tracing_mode="symbolic")(halves(3, 4), halves(6, 4), halves(6, 4), halves(4, 6))
     result = lower_linear.PASS.run(gm, PassContext(Options(exact=True)))
     assert (result.matched, count(gm, aten.mm.default)) == (0, 3)
-    assert all("for a number of rows that is known" in remark.reason for remark in result.remarks)
+    assert all("their number is not known" in remark.reason for remark in result.remarks)
+
+
+@pytest.mark.usefixtures("anywhere")
+@pytest.mark.parametrize("rows", [3, 200])
+@pytest.mark.parametrize("tracing", ["fake", "symbolic"])
+def test_a_kernel_that_is_asked_for_need_not_pay(rows: int, tracing: Any) -> None:
+    """For prompts of any length, too: the drop-in's graphs share their options."""
+    inputs = (halves(rows, 4), halves(6, 4), halves(6, 4), halves(4, 6))
+    gm = make_fx(gated, tracing_mode=tracing)(*inputs)
+    providers = {"linear": "triton", "linears": "triton"}
+    result = lower_linear.PASS.run(gm, PassContext(Options.parse({"providers": providers})))
+    assert (result.matched, count(gm, aten.mm.default)) == (3, 0)
+    assert (count(gm, linears.overload), count(gm, linear.overload)) == (1, 1)
