@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 import specc
-from benchmarks.harness import record
+from benchmarks.harness import machine_name, record
 from benchmarks.pairs import SHAPES, Pair, random_text
 
 CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
@@ -82,12 +82,16 @@ def timed_call(pair: Pair, num_drafts: int, options: dict[str, Any]) -> dict[str
 
 def child(arguments: argparse.Namespace) -> None:
     """Two calls in this process, as one line of JSON."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = _device()
     pair = Pair(arguments.shape, device, torch.bfloat16 if device == "cuda" else torch.float32)
     pair.set_eps(0.1)
     options = {**arguments.options, "regional": arguments.regional == ["on"]}
     first, second = (timed_call(pair, arguments.drafts, options) for _ in range(2))
     print(json.dumps({"first": first, "second": second}))
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def row(arguments: argparse.Namespace, regional: str, folder: Path) -> dict[str, Any]:
@@ -138,16 +142,13 @@ def _save(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
         "settings": {key: str(value) for key, value in vars(arguments).items()},
         "results": rows,
     }
-    machine = "cpu"
-    if torch.cuda.is_available():
-        machine = torch.cuda.get_device_name().split()[-1].lower()
-    name = f"{machine}_first_token_{arguments.shape}{arguments.suffix}"
+    name = f"{machine_name(_device())}_first_token_{arguments.shape}{arguments.suffix}"
     record(name, content, Path(arguments.output))
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    default = "llama-8b" if torch.cuda.is_available() else "tiny-llama"
+    default = "llama-8b" if _device() == "cuda" else "tiny-llama"
     parser.add_argument("--shape", choices=sorted(SHAPES), default=default, help=f"default {default}")
     parser.add_argument("--drafts", type=int, default=5)
     parser.add_argument("--regional", nargs="+", choices=("on", "off"), default=["on", "off"])

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks import plots
 from benchmarks.generation_floor import Floor, Reads
-from benchmarks.harness import FAILURES, Sample, device_bandwidths, read_bandwidth, record
+from benchmarks.harness import FAILURES, Sample, device_bandwidths, machine_name, read_bandwidth, record
 from benchmarks.pairs import Pair, random_text
 from specc.bench import Row, Way, leading_equal, measure, same_text
 from specc.runtime import workspace
@@ -178,9 +178,7 @@ class Run:
         arguments = self.arguments
         if arguments.output is None:
             return
-        name = (
-            f"{_machine_name(self.device)}_generation_{arguments.table}_{arguments.shape}{arguments.suffix}"
-        )
+        name = f"{machine_name(self.device)}_generation_{arguments.table}_{arguments.shape}{arguments.suffix}"
         content = {
             "benchmark": "generation",
             "table": arguments.table,
@@ -210,14 +208,10 @@ class Run:
         print(
             f"{self.arguments.table}: {self.pair.name} and its first {self.pair.draft_layers} layers, {sizes}"
         )
-        print(f"{_machine_name(self.device)}, {self.dtype}, {speeds}", flush=True)
+        print(f"{machine_name(self.device)}, {self.dtype}, {speeds}", flush=True)
 
 
 def _bandwidths(device: str) -> dict[str, Sample]:
     if device == "cuda":
         return device_bandwidths()
     return {"read": read_bandwidth(repeats=3, megabytes=64)}
-
-
-def _machine_name(device: str) -> str:
-    return torch.cuda.get_device_name().split()[-1].lower() if device == "cuda" else "cpu"

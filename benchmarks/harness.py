@@ -54,6 +54,11 @@ def machine() -> dict[str, Any]:
     }
 
 
+def machine_name(device: str) -> str:
+    """What records are called by: "cpu", or the GPU's last name."""
+    return torch.cuda.get_device_name().split()[-1].lower() if device == "cuda" else "cpu"
+
+
 def device() -> dict[str, Any]:
     """The GPU, its driver, and what compiles for it."""
     facts = torch.cuda.get_device_properties(0)
