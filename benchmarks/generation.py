@@ -27,6 +27,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import itertools
 import json
 import tempfile
 from collections.abc import Callable, Iterator
@@ -164,15 +165,15 @@ def exact(run: Run) -> None:
 
 
 def options(run: Run) -> None:
-    """At the first agreement and K, and without drafts."""
+    """At the first agreement and K, and without drafts; all batches by one option, then by the next."""
     run.pair.set_eps(_levels(run)[0])
     prompt, drafts = run.arguments.prompt, run.arguments.drafts[0]
-    for batch in run.arguments.batch or (1,):
-        inputs = run.inputs(batch, prompt)
-        for name, chosen in OPTIONS:
-            for count in (0, drafts):
-                label = f"{name}, draft of {count}" if count else f"{name}, plain"
-                run.measure(_specc(run, inputs, count, label, {"options": chosen}), batch, prompt)
+    for name, chosen in OPTIONS:
+        for batch, count in itertools.product(run.arguments.batch or (1,), (0, drafts)):
+            label = f"{name}, draft of {count}" if count else f"{name}, plain"
+            run.measure(
+                _specc(run, run.inputs(batch, prompt), count, label, {"options": chosen}), batch, prompt
+            )
     run.save()
 
 

@@ -23,7 +23,7 @@ from specc.errors import InputError
 from specc.progress import stage
 
 SHORT_CALLS = 3
-# Enough for what runs eagerly: nothing compiles on its way.
+# Enough for what runs eagerly on a CPU. On a GPU, attention may plan anew for each length of the text.
 EAGER_WARM_UP = 8
 NAME_WIDTH = 34
 
@@ -216,7 +216,8 @@ def same_text(tokens: Tensor, expected: Tensor) -> str:
 
 def hf_plain(model: Any, inputs: Mapping[str, Any], name: str = "generate", **settings: Any) -> Way:
     """The model's own ``generate``, with these settings."""
-    return Way(name, lambda: _hf_call(model, inputs, settings), warm_up_tokens=EAGER_WARM_UP)
+    warm_up_tokens = EAGER_WARM_UP if model.device.type == "cpu" else None
+    return Way(name, lambda: _hf_call(model, inputs, settings), warm_up_tokens=warm_up_tokens)
 
 
 def hf_lookup(model: Any, inputs: Mapping[str, Any], num_drafts: int, name: str) -> Way:
@@ -267,6 +268,7 @@ def _counting(model: Any, inputs: Mapping[str, Any], call: Call, num_drafts: int
     def count(new_tokens: int) -> Steps:
         return _counted(model, inputs, call, new_tokens, num_drafts)
 
+    # The call that counts is a whole one.
     return Way(name, lambda: call, count, warm_up_tokens=EAGER_WARM_UP)
 
 
