@@ -15,6 +15,7 @@ All ways run in this process, on the same weights, prompt and number of drafts; 
 ``ms/step`` and ``tok/s`` leave out reading the prompt: for specc by its own clock, for the others by
 taking off the fastest of three calls of one token. ``of it`` is the floor's share of a step: weights,
 draft weights per draft, keys and values, states and logits over the fastest bandwidth measured here.
+``bound`` is the floor where products cannot be faster than large ones, which matters from many rows on.
 ``= plain`` compares tokens with specc's plain decoding, ``= HF`` with generate's. Rows that fail say why.
 On a CPU it rehearses on tiny shapes in float32. ``--output`` writes JSON after each row, and a plot where
 matplotlib is installed. A row that has begun is finished: leave the budget a minute or two of room.
@@ -113,11 +114,11 @@ def growth(run: Run) -> None:
 
 
 def kernels(run: Run) -> None:
-    """At the first agreement and K: the unprofiled step, then its profile."""
+    """At the first agreement and K, of one batch: the unprofiled step, then its profile."""
     run.pair.set_eps(_levels(run)[0])
-    prompt, drafts = run.arguments.prompt, run.arguments.drafts[0]
-    cell = _specc(run, run.inputs(1, prompt), drafts)
-    result = run.measure(cell, 1, prompt)
+    prompt, drafts, batch = run.arguments.prompt, run.arguments.drafts[0], (run.arguments.batch or [1])[0]
+    cell = _specc(run, run.inputs(batch, prompt), drafts)
+    result = run.measure(cell, batch, prompt)
     if result is None:
         return
     try:
@@ -158,7 +159,7 @@ def exact(run: Run) -> None:
             (drafts, None, {}),
             (drafts, "1 step at a time", {"steps_ahead": 1}),
         ):
-            cell = _specc(run, inputs, count, name, settings)
+            cell = _specc(run, inputs, count, name, {"options": {"exact": True}, **settings})
             cell = dataclasses.replace(cell, way=dataclasses.replace(cell.way, warm_up_tokens=EXACT_WARM_UP))
             run.measure(cell, batch, run.arguments.prompt, None if count else "plain")
     run.save()
@@ -369,15 +370,15 @@ def _arguments() -> argparse.Namespace:
     folder = str(Path(tempfile.gettempdir()) / "specc-pair")
     parser.add_argument("--vllm-folder", default=folder, help=f"where the pair is saved for vllm ({folder})")
     parser.add_argument("--vllm-memory", type=float, default=0.4, help="share of the GPU's memory for vllm")
-    parser.add_argument("--batch", type=int, nargs="+", help="growth, exact, options: only these")
+    parser.add_argument("--batch", type=int, nargs="+", help="growth, exact, options, kernels: only these")
     parser.add_argument("--context", type=int, nargs="+", help="growth: only these")
     parser.add_argument("--plain", action="store_true", help="growth: plain decoding, too")
     parser.add_argument(
         "--specc",
         type=json.loads,
-        default={"options": {"exact": True}},
+        default={},
         metavar="JSON",
-        help='more arguments of specc.generate (default {"options": {"exact": true}})',
+        help='more arguments of specc.generate, such as {"options": {"exact": true}}',
     )
     parser.add_argument("--output", metavar="FOLDER", help="write JSON and a plot there")
     parser.add_argument("--suffix", default="", help="of the record's name")

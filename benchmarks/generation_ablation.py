@@ -31,7 +31,8 @@ class _Forward:
     def __call__(self, tokens: Tensor) -> Tensor:
         self._tokens.copy_(tokens)
         self._graph.replay()
-        return self._results[0]
+        # A step keeps its drafts, and the next replay writes to the same place.
+        return self._results[0].clone()
 
 
 @contextmanager

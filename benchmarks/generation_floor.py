@@ -1,4 +1,4 @@
-"""The fewest bytes that a step has to move, whatever method runs it."""
+"""The fewest bytes that a step has to move, whatever method runs it, and what it has to multiply."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ class Reads:
     """Bytes that a forward reads: weights once, keys and values per token of a row, a state per row.
 
     States are read as float32 and not counted as written: how often they are is the method's choice.
+    ``multiplications`` by weights: per token.
     """
 
     weights: int
     per_token: int
     state: int
     per_logits: int
+    multiplications: int
 
     @classmethod
     def of(cls, model: Any) -> Reads:
@@ -32,6 +34,7 @@ class Reads:
             per_token=kinds.count("full_attention") * 2 * config.num_key_value_heads * head_dim * item,
             state=sum(_state_bytes(config, item) for kind in kinds if kind == "linear_attention"),
             per_logits=config.vocab_size * item,
+            multiplications=weight_bytes(model) // item,
         )
 
 
@@ -62,6 +65,28 @@ class Floor:
 
     def as_dict(self) -> dict[str, int]:
         return {**dataclasses.asdict(self), "bytes": self.bytes}
+
+
+@dataclasses.dataclass(frozen=True)
+class Multiplications:
+    """Those by weights that a step cannot do without."""
+
+    target: int
+    draft: int
+
+    @classmethod
+    def of(cls, target: Reads, draft: Reads, *, batch: int, drafts: int, passes: int) -> Multiplications:
+        return cls(target.multiplications * batch * (drafts + 1), draft.multiplications * batch * passes)
+
+
+def bound_seconds(floor: Floor, work: Multiplications, bandwidth: float, rate: float) -> float:
+    """A step's bytes at ``bandwidth``, but products by weights no faster than ``rate`` (operations a second).
+
+    For many rows that is more than the bytes alone.
+    """
+    products = ((floor.weights, work.target), (floor.draft_weights, work.draft))
+    others = floor.bytes - floor.weights - floor.draft_weights
+    return others / bandwidth + sum(max(moved / bandwidth, 2 * count / rate) for moved, count in products)
 
 
 def _state_bytes(config: Any, item: int) -> int:

@@ -13,8 +13,16 @@ import torch
 from torch import Tensor
 
 from benchmarks import plots
-from benchmarks.generation_floor import Floor, Reads
-from benchmarks.harness import FAILURES, Sample, device_bandwidths, machine_name, read_bandwidth, record
+from benchmarks.generation_floor import Floor, Multiplications, Reads, bound_seconds
+from benchmarks.harness import (
+    FAILURES,
+    Sample,
+    device_bandwidths,
+    machine_name,
+    product_rate,
+    read_bandwidth,
+    record,
+)
 from benchmarks.pairs import Pair, random_text
 from specc.bench import Row, Way, leading_equal, measure, same_text
 from specc.runtime import workspace
@@ -43,6 +51,7 @@ class Result:
     context: int
     floor: Floor
     floor_ms: float
+    bound_ms: float
     same: dict[str, str]
     leading: dict[str, int]
 
@@ -68,6 +77,7 @@ class Result:
             "context": self.context,
             "floor": self.floor.as_dict(),
             "floor_ms": self.floor_ms,
+            "bound_ms": self.bound_ms,
             "share_of_floor": self.share,
             "host_ms_per_step": self.host_ms,
             "leading_equal": self.leading,
@@ -83,6 +93,7 @@ class Result:
         return (
             f"{row.name:<28}{self.batch:5}{self.context:7}{self.eps:8.4f}{row.rate:9.1f}{row.decode.spread:7.1%}"
             f"{row.ms_per_step:9.3f}{row.steps.mean_accepted_length:8.2f}{self.floor_ms:9.3f}{self.share:6.0%}"
+            f"{self.bound_ms:9.3f}"
             f"{host:>8}{nodes:>6}{self.same.get('plain', ''):>10}{self.same.get('generate', ''):>10}"
             f"{row.warm_up:8.1f}{captured:>8}{memory:>7}  {accepted}"
         ).rstrip()
@@ -90,8 +101,8 @@ class Result:
 
 HEADER = (
     f"{'':28}{'batch':>5}{'contxt':>7}{'eps':>8}{'tok/s':>9}{'spread':>7}{'ms/step':>9}{'tok/step':>8}"
-    f"{'floor ms':>9}{'of it':>6}{'host ms':>8}{'nodes':>6}{'= plain':>10}{'= HF':>10}{'warm s':>8}"
-    f"{'capture':>8}{'GB':>7}  accepted per position"
+    f"{'floor ms':>9}{'of it':>6}{'bound ms':>9}{'host ms':>8}{'nodes':>6}{'= plain':>10}{'= HF':>10}"
+    f"{'warm s':>8}{'capture':>8}{'GB':>7}  accepted per position"
 )
 
 
@@ -105,6 +116,7 @@ class Run:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.dtype = torch.bfloat16 if self.device == "cuda" else torch.float32
         self.bandwidths = _bandwidths(self.device)
+        self.product_rate = product_rate(self.device, self.dtype)
         self.results: list[Result] = []
         self.failures: dict[str, str] = {}
         self.left_out: list[str] = []
@@ -155,8 +167,8 @@ class Run:
     def _result(self, cell: Cell, row: Row, eps: float, batch: int, prompt: int) -> Result:
         # The text is this long in the middle of the decoding.
         context = prompt + row.tokens.shape[1] // 2
-        target, draft = self.reads
-        floor = Floor.of(target, draft, batch=batch, context=context, drafts=cell.drafts, passes=cell.passes)
+        step = {"batch": batch, "drafts": cell.drafts, "passes": cell.passes}
+        floor, work = Floor.of(*self.reads, context=context, **step), Multiplications.of(*self.reads, **step)
         known = {
             name: tokens
             for (*place, name), tokens in self._expected.items()
@@ -170,6 +182,7 @@ class Run:
             context,
             floor,
             1e3 * floor.bytes / self.bandwidth,
+            1e3 * bound_seconds(floor, work, self.bandwidth, self.product_rate.median),
             {name: same_text(row.tokens, tokens) for name, tokens in known.items()},
             {name: leading_equal(row.tokens, tokens) for name, tokens in known.items()},
         )
@@ -187,6 +200,7 @@ class Run:
             "pair": {"shape": self.pair.name, "draft_layers": self.pair.draft_layers, "seed": self.pair.seed},
             "bandwidths": {key: each.as_dict() for key, each in self.bandwidths.items()},
             "floor_bandwidth": self.bandwidth,
+            "product_rate": self.product_rate.as_dict(),
             "results": [each.as_dict() for each in self.results],
             "failures": self.failures,
             "left_out": self.left_out,
@@ -208,7 +222,8 @@ class Run:
         print(
             f"{self.arguments.table}: {self.pair.name} and its first {self.pair.draft_layers} layers, {sizes}"
         )
-        print(f"{machine_name(self.device)}, {self.dtype}, {speeds}", flush=True)
+        rate = f"products {self.product_rate.median / 1e12:.1f} TFLOP/s"
+        print(f"{machine_name(self.device)}, {self.dtype}, {speeds}, {rate}", flush=True)
 
 
 def _bandwidths(device: str) -> dict[str, Sample]:

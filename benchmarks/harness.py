@@ -91,6 +91,14 @@ def device_bandwidths(gigabytes: int = 4) -> dict[str, Sample]:
     }
 
 
+def product_rate(device: str, dtype: torch.dtype) -> Sample:
+    """Operations per second of a product of large square matrices, two for each multiplication."""
+    size = 8192 if device == "cuda" else 1024
+    a, b = torch.randn(2, size, size, device=device, dtype=dtype)
+    taken = (device_seconds if device == "cuda" else host_seconds)([lambda: a @ b])
+    return Sample(tuple(2 * size**3 / each for each in taken.values))
+
+
 def device_seconds(calls: Sequence[Callable[[], Any]], replays: int = 20, at_least: float = 1e-3) -> Sample:
     """Seconds per call on the GPU: the calls in turn, in one CUDA graph of ``at_least`` seconds, replayed.
 

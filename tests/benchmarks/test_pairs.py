@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from benchmarks.generation_floor import Floor, Reads
+from benchmarks.generation_floor import Floor, Multiplications, Reads, bound_seconds
 from benchmarks.generation_gpt_fast import interleaved
 from benchmarks.generation_kernels import group_of
 from benchmarks.pairs import SHAPES, Pair, first_layers, random_text
@@ -72,10 +72,22 @@ class TestFloor:
         assert target.state == 24 * (32 * 128 * 128 * 4 + 3 * 8192 * 2)
 
     def test_is_a_sum(self) -> None:
-        target, draft = Reads(1000, 10, 5, 7), Reads(100, 1, 2, 7)
+        target, draft = Reads(1000, 10, 5, 7, 500), Reads(100, 1, 2, 7, 50)
         floor = Floor.of(target, draft, batch=2, context=3, drafts=4, passes=5)
         assert floor == Floor(1000, 500, 2 * 3 * 15, 2 * 15, 2 * 5 * 7)
         assert floor.bytes == 1000 + 500 + 90 + 30 + 70
+
+    # At 20 bytes a second: 164 of keys, values and logits, 200 of the target's weights and 80 of the draft's.
+    @pytest.mark.parametrize(
+        ("rate", "seconds"),
+        [(1e9, (164 + 200 + 80) / 20), (100, 164 / 20 + 12 + 80 / 20), (10, 164 / 20 + 136)],
+    )
+    def test_products_bind_many_rows(self, rate: float, seconds: float) -> None:
+        step = {"batch": 2, "drafts": 2, "passes": 2}
+        models = Reads(200, 10, 0, 4, 100), Reads(40, 2, 0, 4, 20)
+        floor, work = Floor.of(*models, context=5, **step), Multiplications.of(*models, **step)
+        assert work == Multiplications(600, 80)
+        assert bound_seconds(floor, work, 20, rate) == pytest.approx(seconds)
 
 
 def test_gpt_fasts_rotary_embedding_gets_the_same_scores() -> None:
