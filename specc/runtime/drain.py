@@ -48,7 +48,10 @@ class Drain:
         self._stops = _Stops(criteria, prompts.device, link)
         self._streamer = streamer
         self._pads = any(hasattr(each, "eos_token_id") for each in criteria)
-        self.unfinished = torch.ones(rows, dtype=torch.bool)
+        # Between steps the device may wait for this thread: what seldom changes is not computed again.
+        self._unfinished = torch.ones(rows, dtype=torch.bool)
+        self._running = rows
+        self._stopped = torch.zeros(rows, dtype=torch.bool)
 
     def begin(self) -> None:
         """Put the prompts on the streamer: nothing can be refused any more."""
@@ -62,18 +65,18 @@ class Drain:
 
     @property
     def finished(self) -> bool:
-        return not bool(self.unfinished.any())
+        return self._running == 0
 
     @property
     def stopped_rows(self) -> Tensor:
-        """Rows, bool [B], whose further tokens nobody will see."""
-        return ~self.unfinished if self._pads else torch.zeros_like(self.unfinished)
+        """Rows, bool [B], whose further tokens nobody will see; another tensor once there are more."""
+        return self._stopped
 
     @property
     def most_steps_left(self) -> int:
         """Steps after which every row is at its limit, however few drafts are right."""
         left = self._received.shape[1] - self.lens
-        return int(left.masked_fill(self.stopped_rows, 0).max())
+        return int(left.masked_fill(self._stopped, 0).max())
 
     def take(self, report: StepReport) -> None:
         """Receive what a step committed, and hand over what is complete."""
@@ -81,23 +84,36 @@ class Drain:
         row, column = (at < report.committed[:, None]).nonzero(as_tuple=True)
         self._received[row, self.lens[row] + column] = report.tokens[row, column]
         self.lens += report.committed
-        while not self.finished and self._count < self._ready():
+        running, ready = self._running, self._ready()
+        while self._running and self._count < ready:
             self._hand_over(self._received[:, self._count])
+            if self._running != running:
+                running, ready = self._running, self._ready()
 
     def _hand_over(self, token: Tensor) -> None:
         column = self._prompt + self._count
-        if self._pads:
-            token = torch.where(self.unfinished, token, self._sequences[:, column])
+        if self._pads and self._running < len(token):
+            token = torch.where(self._unfinished, token, self._sequences[:, column])
         self._sequences[:, column] = token
         self._count += 1
-        self.handed_over += int(self.unfinished.sum()) if self._pads else token.numel()
+        self.handed_over += self._running if self._pads else len(token)
         if self._streamer is not None:
             self._streamer.put(token)
-        self.unfinished &= ~self._stops(self.sequences)
+        stops = self._stops(self.sequences) & self._unfinished
+        if bool(stops.any()):
+            self._stop(stops)
+
+    def _stop(self, rows: Tensor) -> None:
+        self._unfinished &= ~rows
+        self._running = int(self._unfinished.sum())
+        if self._pads:
+            self._stopped = ~self._unfinished
 
     def _ready(self) -> int:
-        needed = self.lens[self.unfinished] if self._pads else self.lens
-        return int(needed.min())
+        """The length that all rows have whose tokens are still wanted; none where nobody wants any."""
+        if not self._running:
+            return 0
+        return int((self.lens[self._unfinished] if self._pads else self.lens).min())
 
     def end(self) -> None:
         if self._streamer is not None:

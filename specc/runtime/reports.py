@@ -33,6 +33,8 @@ class StepReport:
 
     def without(self, rows: Tensor) -> StepReport:
         """As if these rows, bool [B], had been done before."""
+        if not bool(rows.any()):
+            return self
         return dataclasses.replace(self, committed=self.committed.masked_fill(rows, 0))
 
 
@@ -42,14 +44,17 @@ class Tally:
     def __init__(self, num_draft_tokens: int) -> None:
         self.steps = 0
         self.committed = 0
-        self._accepted = torch.zeros(num_draft_tokens - 1, dtype=torch.int64)
+        # By how many of its drafts were right.
+        self._steps_with = [0] * num_draft_tokens
 
     def count(self, report: StepReport) -> None:
-        live = report.committed > 0
-        drafts = torch.arange(self._accepted.shape[0])
-        self.steps += int(live.sum())
-        self.committed += int(report.committed.sum())
-        self._accepted += (report.num_correct[live, None] > drafts).sum(dim=0)
+        for num_correct, committed in zip(
+            report.num_correct.tolist(), report.committed.tolist(), strict=True
+        ):
+            if committed:
+                self.steps += 1
+                self.committed += committed
+                self._steps_with[num_correct] += 1
 
     @property
     def mean_accepted_length(self) -> float:
@@ -57,4 +62,5 @@ class Tally:
 
     @property
     def acceptance(self) -> list[float]:
-        return [count / max(self.steps, 1) for count in self._accepted.tolist()]
+        right = range(1, len(self._steps_with))
+        return [sum(self._steps_with[count:]) / max(self.steps, 1) for count in right]

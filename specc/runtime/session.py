@@ -318,7 +318,8 @@ class _Loop:
     def _run(self) -> None:
         drain, queued, ahead = self._drain, 0, self._steps_ahead()
         while not drain.finished:
-            while queued < min(ahead, drain.most_steps_left):
+            wanted = min(ahead, drain.most_steps_left)
+            while queued < wanted:
                 self._replay()
                 self._link.send(self._state.report[: self._live])
                 queued += 1
@@ -329,7 +330,7 @@ class _Loop:
                     "and EOS ids that agree with them, or use the model's own generate"
                 )
             queued -= 1
-            if not torch.equal(drain.stopped_rows, stopped):
+            if drain.stopped_rows is not stopped:
                 _stop_rows(self._space, drain)
         self._link.discard()
 
@@ -390,7 +391,7 @@ def _plan(request: Request) -> RecurrentPlan:
         # An assistant feeds one more token than it drafts.
         ahead=request.num_draft_tokens + 1,
         snapshots=request.options.state_commit == "snapshot",
-        exact=request.options.exact,
+        exact=bool(request.options.exact),
         dtype=request.state_dtype,
     )
 

@@ -178,7 +178,11 @@ def test_drain_is_plain_decodings_loop(data: st.DataObject, pads: bool) -> None:
         assert drain.most_steps_left == int((total - counts)[~drain.stopped_rows].max())
         behind = (counts[:, None] + block).clamp(max=total - 1)
         blocks = torch.where(block < gained[:, None], tokens.gather(1, behind), -5)
+        stopped = drain.stopped_rows
+        before = stopped.tolist()
         drain.take(StepReport(torch.zeros(rows, dtype=torch.int64), gained, blocks))
+        assert stopped.tolist() == before
+        assert (drain.stopped_rows is stopped) == (drain.stopped_rows.tolist() == before)
         counts += gained
     length = max(stops.values())
     assert drain.sequences.shape[1] == length
