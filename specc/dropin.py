@@ -23,6 +23,7 @@ from transformers.generation import (
 
 from specc import checks, compat
 from specc.errors import InputError, UnsupportedError
+from specc.lowerings.devices import exact_by_default
 from specc.options import Options
 from specc.pipeline import parse_options
 from specc.runtime.model import PREFILL_CHUNK
@@ -324,7 +325,7 @@ def _decode(
         pad_token=None if pad_token is None else int(pad_token),
         criteria=criteria,
         streamer=streamer,
-        options=settings.options,
+        options=_settled(settings.options, model, len(input_ids)),
         compiled=settings.compile,
         prefill_chunk=config.prefill_chunk_size or PREFILL_CHUNK,
         kv_dtype=checks.KV_DTYPES[settings.kv_dtype],
@@ -336,6 +337,12 @@ def _decode(
     if config.return_dict_in_generate:
         return SpeccOutput(sequences=cast(torch.LongTensor, sequences), speculation=speculation)
     return sequences
+
+
+def _settled(options: Options, model: Any, rows: int) -> Options:
+    if options.exact is not None:
+        return options
+    return dataclasses.replace(options, exact=exact_by_default(model.device, model.dtype, rows))
 
 
 def _check_model_kwargs(model_kwargs: Mapping[str, Any]) -> None:

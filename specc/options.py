@@ -74,6 +74,8 @@ class Options:
     ``exact``: a token's bits do not depend on its block, from two rows on: products, reductions and recurrent
     layers sum in one order (in float32, products of many rows are taken in slices), and no kernel is chosen
     by timing. In the drop-in, with compile=True, decoding with and without drafts then gives the same bits.
+    None (the default) asks for that in the drop-in where it costs a step less than 3 %: up to 8 rows of a
+    model of 16 bits on CUDA.
     """
 
     inductor: bool | None = _option(
@@ -90,7 +92,12 @@ class Options:
     state_commit: str = _option(
         "replay", _is_commit, "'replay' or 'snapshot'", "how recurrent states are committed"
     )
-    exact: bool = _option(False, _is_bool, "True or False", "a token's bits do not depend on its block")
+    exact: bool | None = _option(
+        None,
+        _is_optional_bool,
+        "True, False or None",
+        "a token's bits do not depend on its block; None = where that costs next to nothing",
+    )
 
     @classmethod
     def parse(cls, options: Options | Mapping[str, Any] | None) -> Options:

@@ -16,6 +16,7 @@ from transformers.generation import (
 )
 
 import specc
+from specc import dropin
 from specc.errors import InputError, ProviderError
 from tests.doors import (
     DOORS,
@@ -257,6 +258,25 @@ def test_forced_providers_hold_in_the_step_too() -> None:
         through_function(1, options={"providers": {"greedy_select": "triton"}})
     tokens = through_function(options={"providers": {"greedy_select": "reference"}})
     assert torch.equal(tokens, plain())
+
+
+@pytest.mark.parametrize(
+    ("asked", "cheap", "settled"), [(None, True, True), (None, False, False), (False, True, False)]
+)
+def test_exact_is_the_default_where_it_is_cheap(
+    asked: bool | None, cheap: bool, settled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    run = dropin.run
+
+    def watched(request: Any) -> Any:
+        seen.append(request.options.exact)
+        return run(request)
+
+    monkeypatch.setattr(dropin, "run", watched)
+    monkeypatch.setattr(dropin, "exact_by_default", lambda device, dtype, rows: cheap)
+    assert torch.equal(through_function(options={"exact": asked}), plain())
+    assert seen == [settled]
 
 
 def test_max_time_stops_and_keeps_the_prefix() -> None:

@@ -17,6 +17,18 @@ def usual_dtype(device: str) -> torch.dtype:
     return torch.float32 if device == "cpu" else torch.bfloat16
 
 
+# Up to how many rows sums in one order cost a speculative step less than 3 % (benchmarks/NOTES.md).
+_CHEAPLY_EXACT = {("cuda", torch.bfloat16): 8, ("cuda", torch.float16): 8}
+
+
+def exact_by_default(device: torch.device, dtype: torch.dtype, rows: int) -> bool:
+    """Whether so many rows are decoded with ``exact`` by a model there, of that dtype, unless told otherwise.
+
+    It must not depend on the number of drafts: with and without them, tokens are to be the same.
+    """
+    return rows <= _CHEAPLY_EXACT.get((device_kind(device), dtype), 0)
+
+
 def free_bytes(device: torch.device) -> int | None:
     """Memory that can still be allocated there, or None where the device does not say."""
     if device.type != "cuda":

@@ -165,7 +165,7 @@ class _Rewriter:
             ]
             start = self._zero_lengths(make, node)
             where = (state, *rings, start, start, start, None)
-            y = self._call(make, node, forms.replay, where, (BOUNDARY, self._options.exact))
+            y = self._call(make, node, forms.replay, where, (BOUNDARY, bool(self._options.exact)))
             kept = (*rings, given["A"]) if forms.kind == "ssd" else tuple(rings)
             self._left.append(_Left(forms.kind, y, state, kept, given.get("l2norm", False)))
             done = forms.replay
