@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
+import inspect
 from collections.abc import Callable
 
 import torch
@@ -128,7 +129,8 @@ def torch_path(layers: Layers) -> list[Step]:
     rule = model.torch_recurrent_gated_delta_rule if one else model.torch_chunk_gated_delta_rule
     # Its layers repeat keys and queries before they call.
     q, k = (x.repeat_interleave(HEADS // KEY_HEADS, 2) for x in layers.block[:2])
-    return _peer(layers, rule, (q, k, *layers.block[2:]))
+    # Where fla is installed, transformers puts it in the place of its own functions.
+    return _peer(layers, inspect.unwrap(rule), (q, k, *layers.block[2:]))
 
 
 def fla(layers: Layers) -> list[Step]:
