@@ -325,7 +325,7 @@ def _decode(
         pad_token=None if pad_token is None else int(pad_token),
         criteria=criteria,
         streamer=streamer,
-        options=_settled(settings.options, model, len(input_ids)),
+        options=_settled(settings, model, len(input_ids)),
         compiled=settings.compile,
         prefill_chunk=config.prefill_chunk_size or PREFILL_CHUNK,
         kv_dtype=checks.KV_DTYPES[settings.kv_dtype],
@@ -339,10 +339,13 @@ def _decode(
     return sequences
 
 
-def _settled(options: Options, model: Any, rows: int) -> Options:
+def _settled(settings: Settings, model: Any, rows: int) -> Options:
+    options = settings.options
     if options.exact is not None:
         return options
-    return dataclasses.replace(options, exact=exact_by_default(model.device, model.dtype, rows))
+    # Eager sums are not fixed, and kernels chosen by timing cannot be.
+    possible = settings.compile and not options.max_autotune
+    return dataclasses.replace(options, exact=possible and exact_by_default(model.device, model.dtype, rows))
 
 
 def _check_model_kwargs(model_kwargs: Mapping[str, Any]) -> None:

@@ -75,7 +75,7 @@ class Options:
     layers sum in one order (in float32, products of many rows are taken in slices), and no kernel is chosen
     by timing. In the drop-in, with compile=True, decoding with and without drafts then gives the same bits.
     None (the default) asks for that in the drop-in where it costs a step less than 3 %: up to 8 rows of a
-    model of 16 bits on CUDA.
+    model of 16 bits on CUDA, unless ``max_autotune`` or compile=False.
     """
 
     inductor: bool | None = _option(

@@ -261,10 +261,18 @@ def test_forced_providers_hold_in_the_step_too() -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "cheap", "settled"), [(None, True, True), (None, False, False), (False, True, False)]
+    ("compiled", "options", "cheap", "settled"),
+    [
+        (True, {}, True, True),
+        (True, {}, False, False),
+        (True, {"exact": False}, True, False),
+        (True, {"max_autotune": True}, True, False),
+        (False, {}, True, False),
+        (False, {"exact": True}, False, True),
+    ],
 )
 def test_exact_is_the_default_where_it_is_cheap(
-    asked: bool | None, cheap: bool, settled: bool, monkeypatch: pytest.MonkeyPatch
+    compiled: bool, options: dict[str, Any], cheap: bool, settled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
     run = dropin.run
@@ -275,7 +283,8 @@ def test_exact_is_the_default_where_it_is_cheap(
 
     monkeypatch.setattr(dropin, "run", watched)
     monkeypatch.setattr(dropin, "exact_by_default", lambda device, dtype, rows: cheap)
-    assert torch.equal(through_function(options={"exact": asked}), plain())
+    asked = {"inductor": False, **options}
+    assert torch.equal(through_function(compile=compiled, options=asked), plain())
     assert seen == [settled]
 
 
