@@ -49,12 +49,12 @@ class Sample:
 
 @dataclasses.dataclass(frozen=True)
 class Steps:
-    """Steps of one row, on average over rows. ``mean_accepted_length``: tokens per step, bonus included.
+    """Steps of a call. ``mean_accepted_length``: tokens per step and row, bonus included, on average.
 
     ``acceptance[j]``: share of steps whose draft j + 1 was accepted.
     """
 
-    count: float
+    count: int
     mean_accepted_length: float
     acceptance: tuple[float, ...] = ()
 
@@ -253,10 +253,9 @@ def by_specc(model: Any, inputs: Mapping[str, Any], name: str, **settings: Any) 
             **settings,
         )
         went = output.speculation
-        rows = output.sequences.shape[0]
         return Outcome(
             _new_tokens(output.sequences, inputs),
-            Steps(went.steps / rows, went.mean_accepted_length, tuple(went.acceptance)),
+            Steps(went.batch_steps, went.mean_accepted_length, tuple(went.acceptance)),
             went.decode_seconds,
             dataclasses.asdict(went),
         )

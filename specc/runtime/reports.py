@@ -39,15 +39,17 @@ class StepReport:
 
 
 class Tally:
-    """Adds up reports. A step counts once for each row that committed something in it."""
+    """Adds up reports. ``steps``: one for each row that committed something; ``batch_steps``: of all rows."""
 
     def __init__(self, num_draft_tokens: int) -> None:
         self.steps = 0
+        self.batch_steps = 0
         self.committed = 0
         # By how many of its drafts were right.
         self._steps_with = [0] * num_draft_tokens
 
     def count(self, report: StepReport) -> None:
+        before = self.steps
         for num_correct, committed in zip(
             report.num_correct.tolist(), report.committed.tolist(), strict=True
         ):
@@ -55,6 +57,7 @@ class Tally:
                 self.steps += 1
                 self.committed += committed
                 self._steps_with[num_correct] += 1
+        self.batch_steps += self.steps > before
 
     @property
     def mean_accepted_length(self) -> float:

@@ -84,9 +84,9 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class Speculation:
-    """How a generation went. ``steps`` counts one per row and step; prefill is none.
+    """How a generation went. ``steps`` counts one per row and step, ``batch_steps`` one for all rows.
 
-    ``new_tokens``: tokens returned, padding not counted. ``mean_accepted_length``: tokens committed per
+    Prefill is no step. ``new_tokens``: tokens returned, padding not counted. ``mean_accepted_length``: tokens committed per
     step, bonus included, before a stop found on the host cut any off.
     ``acceptance[j]``: share of steps whose draft j + 1 was accepted. Seconds are wall clock;
     ``compile_seconds`` is the first call of each graph and ``capture_seconds`` the capture of the step as one
@@ -95,6 +95,7 @@ class Speculation:
     """
 
     steps: int
+    batch_steps: int
     new_tokens: int
     mean_accepted_length: float
     acceptance: list[float]
@@ -129,6 +130,7 @@ def run(request: Request) -> tuple[Tensor, Speculation]:
         workspace.keep(request.model, space)
     return sequences, Speculation(
         steps=loop.tally.steps,
+        batch_steps=loop.tally.batch_steps,
         new_tokens=drain.handed_over,
         mean_accepted_length=loop.tally.mean_accepted_length,
         acceptance=loop.tally.acceptance,

@@ -104,6 +104,7 @@ def test_commit(data: st.DataObject) -> None:
     tally = Tally(width)
     tally.count(report)
     assert tally.steps == len(live)
+    assert tally.batch_steps == bool(live)
     shares = [sum(correct[r] > j for r in live) / max(len(live), 1) for j in range(width - 1)]
     assert tally.acceptance == shares
     for row in range(rows):
