@@ -155,7 +155,7 @@ class Run:
             "results": [each.as_dict() for each in self.results],
             "left_out": self.left_out,
         }
-        record("h200_attention", content)
+        record("h200_attention", content, commit=self.arguments.commit)
 
 
 def _cases(batch: int, context: int) -> list[Case]:

@@ -143,7 +143,7 @@ def _save(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
         "results": rows,
     }
     name = f"{machine_name(_device())}_first_token_{arguments.shape}{arguments.suffix}"
-    record(name, content, Path(arguments.output))
+    record(name, content, Path(arguments.output), arguments.commit)
 
 
 def _arguments() -> argparse.Namespace:

@@ -97,7 +97,10 @@ def peers(run: Run) -> None:
 
 
 def growth(run: Run) -> None:
-    """At full agreement, so that rows stay equally long; what a step costs does not depend on it."""
+    """At eps 0, where nearly all drafts are right, so that rows stay about equally long.
+
+    What a step costs does not depend on that.
+    """
     run.pair.set_eps(0.0)
     drafts = GROWTH_DRAFTS
     print(HEADER, flush=True)
@@ -299,6 +302,7 @@ def _specc_way(
     run: Run, inputs: Any, name: str, draft: Any, drafts: int, settings: dict[str, Any] | None = None
 ) -> Way:
     arguments = {**run.arguments.specc, **(settings or {})}
+    arguments["options"] = {**run.arguments.specc.get("options", {}), **arguments.get("options", {})}
     return by_specc(run.pair.target, inputs, name, draft=draft, num_draft_tokens=drafts + 1, **arguments)
 
 

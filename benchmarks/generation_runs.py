@@ -207,7 +207,8 @@ class Run:
             "seconds": time.monotonic() - self._start,
             **self.more,
         }
-        plots.draw(content, record(name, content, Path(arguments.output)).with_suffix(".png"))
+        path = record(name, content, Path(arguments.output), arguments.commit)
+        plots.draw(content, path.with_suffix(".png"))
 
     def _clean(self) -> None:
         # What specc keeps for its next call is no part of the next row's memory.

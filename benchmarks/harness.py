@@ -36,8 +36,8 @@ def _failures() -> tuple[type[Exception], ...]:
 FAILURES = _failures()
 
 
-def machine() -> dict[str, Any]:
-    """Machine, versions and commit, for the record."""
+def machine(commit: str | None = None) -> dict[str, Any]:
+    """Machine, versions and commit, for the record; ``commit``: which one it is, where git cannot tell."""
     import transformers
 
     return {
@@ -48,8 +48,8 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "commit": _git("rev-parse", "HEAD"),
-        "modified": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "commit": commit or _git("rev-parse", "HEAD"),
+        "modified": not commit and bool(_git("status", "--porcelain", "--untracked-files=no")),
         **({"device": device()} if torch.cuda.is_available() else {}),
     }
 
@@ -161,11 +161,11 @@ def weight_bytes(model: torch.nn.Module) -> int:
     return total if tied else total - model.get_input_embeddings().weight.nbytes
 
 
-def record(name: str, content: dict[str, Any], folder: Path = RESULTS) -> Path:
-    """Write a result as ``<folder>/<name>.json``, with the facts of this run."""
+def record(name: str, content: dict[str, Any], folder: Path = RESULTS, commit: str | None = None) -> Path:
+    """Write a result as ``<folder>/<name>.json``, with the facts of this run. ``commit``: see ``machine``."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
-    path.write_text(json.dumps({"machine": machine(), **content}, indent=1) + "\n")
+    path.write_text(json.dumps({"machine": machine(commit), **content}, indent=1) + "\n")
     return path
 
 

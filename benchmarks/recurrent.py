@@ -107,7 +107,7 @@ class Run:
             "results": [each.as_dict() for each in self.results],
             "left_out": self.left_out,
         }
-        record("h200_recurrent", content)
+        record("h200_recurrent", content, commit=self.arguments.commit)
 
 
 HEADER = f"{'batch':>5}{'D':>3}{'kept':>5}{'floor':>8}{'2 passes':>9}" + "".join(

@@ -343,9 +343,16 @@ def _settled(settings: Settings, model: Any, rows: int) -> Options:
     options = settings.options
     if options.exact is not None:
         return options
-    # Eager sums are not fixed, and kernels chosen by timing cannot be.
-    possible = settings.compile and not options.max_autotune
+    # Sums that are eager, chosen by timing or named by the caller have orders of their own.
+    compiled = settings.compile and options.inductor is not False
+    possible = compiled and not options.max_autotune and not options.providers and not _has_experts(model)
     return dataclasses.replace(options, exact=possible and exact_by_default(model.device, model.dtype, rows))
+
+
+def _has_experts(model: Any) -> bool:
+    """Whether it is a mixture of experts, of which nobody has measured exact sums."""
+    config = vars(model.config.get_text_config())
+    return any("expert" in name and isinstance(value, int) and value > 1 for name, value in config.items())
 
 
 def _check_model_kwargs(model_kwargs: Mapping[str, Any]) -> None:

@@ -16,8 +16,9 @@ from transformers.generation import (
 )
 
 import specc
-from specc import dropin
+from specc import dropin, progress
 from specc.errors import InputError, ProviderError
+from specc.lowerings.devices import exact_by_default
 from tests.doors import (
     DOORS,
     FULL_DOORS,
@@ -260,32 +261,67 @@ def test_forced_providers_hold_in_the_step_too() -> None:
     assert torch.equal(tokens, plain())
 
 
+class StopHereError(Exception):
+    pass
+
+
 @pytest.mark.parametrize(
-    ("compiled", "options", "cheap", "settled"),
+    ("family", "settings", "cheap", "settled"),
     [
-        (True, {}, True, True),
-        (True, {}, False, False),
-        (True, {"exact": False}, True, False),
-        (True, {"max_autotune": True}, True, False),
-        (False, {}, True, False),
-        (False, {"exact": True}, False, True),
+        ("llama", {}, True, True),
+        ("llama", {}, False, False),
+        ("llama", {"options": {"exact": False}}, True, False),
+        ("llama", {"options": {"max_autotune": True}}, True, False),
+        ("llama", {"options": {"inductor": False}}, True, False),
+        ("llama", {"options": {"inductor": False, "exact": True}}, False, True),
+        ("llama", {"options": {"providers": {"linear": "reference"}}}, True, False),
+        ("llama", {"compile": False}, True, False),
+        ("llama", {"compile": False, "options": {"exact": True}}, False, True),
+        ("mixtral", {}, True, False),
+        ("gpt_oss", {}, True, False),
+        ("deepseek_v3", {}, True, False),
     ],
 )
 def test_exact_is_the_default_where_it_is_cheap(
-    compiled: bool, options: dict[str, Any], cheap: bool, settled: bool, monkeypatch: pytest.MonkeyPatch
+    family: str, settings: dict[str, Any], cheap: bool, settled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen = []
-    run = dropin.run
+    def stopped(request: Any) -> Any:
+        assert request.options.exact is settled
+        raise StopHereError
 
-    def watched(request: Any) -> Any:
-        seen.append(request.options.exact)
-        return run(request)
-
-    monkeypatch.setattr(dropin, "run", watched)
+    monkeypatch.setattr(dropin, "run", stopped)
     monkeypatch.setattr(dropin, "exact_by_default", lambda device, dtype, rows: cheap)
-    asked = {"inductor": False, **options}
-    assert torch.equal(through_function(compile=compiled, options=asked), plain())
-    assert seen == [settled]
+    with pytest.raises(StopHereError):
+        specc.generate(tiny(family), **prompt(1), draft="ngram", **SETTINGS, **settings)
+
+
+@pytest.mark.parametrize(
+    ("device", "hip", "dtype", "rows", "cheap"),
+    [
+        ("cuda", None, torch.bfloat16, 1, True),
+        ("cuda", None, torch.bfloat16, 2, False),
+        ("cuda", None, torch.float16, 1, False),
+        ("cuda", None, torch.float32, 1, False),
+        ("cuda", "7.0", torch.bfloat16, 1, False),
+        ("cpu", None, torch.bfloat16, 1, False),
+    ],
+)
+def test_where_exact_is_cheap(
+    device: str, hip: str | None, dtype: torch.dtype, rows: int, cheap: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.version, "hip", hip)
+    assert exact_by_default(torch.device(device), dtype, rows) is cheap
+
+
+def test_what_is_compiled_is_announced(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "PATIENCE_SECONDS", 0.0)
+    model, draft = copy.deepcopy(tiny("llama")), noisy_copy("llama")
+    specc.generate(model, **prompt(1), draft=draft, options={"inductor": False}, **SETTINGS)
+    said = capsys.readouterr().err
+    for graph in ("prefill graph", "verify graph (4 tokens, 1 row)", "draft graph (2 tokens, 1 row)"):
+        assert f"compiling the {graph}" in said
 
 
 def test_max_time_stops_and_keeps_the_prefix() -> None:

@@ -98,7 +98,8 @@ class Drain:
         self._count += 1
         self.handed_over += self._running if self._pads else len(token)
         if self._streamer is not None:
-            self._streamer.put(token)
+            # Of its own: a streamer may keep it.
+            self._streamer.put(token.clone())
         stops = self._stops(self.sequences) & self._unfinished
         if bool(stops.any()):
             self._stop(stops)

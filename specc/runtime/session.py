@@ -86,8 +86,8 @@ class Request:
 class Speculation:
     """How a generation went. ``steps`` counts one per row and step, ``batch_steps`` one for all rows.
 
-    Prefill is no step. ``new_tokens``: tokens returned, padding not counted. ``mean_accepted_length``: tokens committed per
-    step, bonus included, before a stop found on the host cut any off.
+    Prefill is no step. ``new_tokens``: tokens returned, padding not counted. ``mean_accepted_length``: tokens
+    committed per row and step, bonus included, before a stop found on the host cut any off.
     ``acceptance[j]``: share of steps whose draft j + 1 was accepted. Seconds are wall clock;
     ``compile_seconds`` is the first call of each graph and ``capture_seconds`` the capture of the step as one
     device graph of ``graph_nodes`` nodes (None: the step ran eagerly); ``decode_seconds`` leaves both out.

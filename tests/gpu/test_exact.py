@@ -1,4 +1,4 @@
-"""exact=True in bfloat16: the same tokens with and without drafts, whatever the block and the batch."""
+"""exact in bfloat16: the same tokens with and without drafts, whatever the block and the batch."""
 
 from __future__ import annotations
 
@@ -69,7 +69,8 @@ def test_blocks_do_not_change_a_bit(build: Any, rows: int, fresh_compiler: None)
             num_draft_tokens=count,
             max_new_tokens=NEW_TOKENS,
             do_sample=False,
-            options={"exact": True},
+            # For one row it is the default.
+            options={} if rows == 1 else {"exact": True},
             return_dict_in_generate=True,
         )
         length = output.speculation.mean_accepted_length

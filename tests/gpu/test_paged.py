@@ -118,7 +118,7 @@ def test_bfloat16_blocks_of_any_length_choose_the_same_tokens(fresh_compiler: No
     """Our kernels fix their sums and cuBLAS gives a row the same bits in blocks of 2 to 32."""
     model = on_cuda(tiny("llama")).to(torch.bfloat16)
     given = inputs(4)
-    call = {**SETTINGS, "draft": "ngram", "options": CAPTURED}
+    call = {**SETTINGS, "draft": "ngram", "options": {**CAPTURED, "exact": False}}
     plain = specc.generate(model, **given, num_draft_tokens=2, **call)
     for num_draft_tokens in (4, 8):
         assert torch.equal(specc.generate(model, **given, num_draft_tokens=num_draft_tokens, **call), plain)

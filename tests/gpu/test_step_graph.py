@@ -142,21 +142,24 @@ SYNCHRONISING = ("cudaStreamSynchronize", "cudaMemcpy", "cudaMalloc", "cudaFree"
 
 @pytest.mark.parametrize("kind", ["ngram", "assistant"])
 def test_nothing_in_the_loop_stops_the_host(kind: str, no_syncs: list[Any], fresh_compiler: None) -> None:
-    model = on_cuda(tiny("llama"))
+    model, given = on_cuda(tiny("llama")), inputs(4)
     draft = "ngram" if kind == "ngram" else on_cuda(noisy_copy("llama"))
-    output = speculate(model, inputs(4), draft, eos_token_id=[3], pad_token_id=0)
+    # A row stops on the way, of which the host tells the device.
+    eos = int(model.generate(**given, max_new_tokens=NEW_TOKENS, do_sample=False)[0, 30])
+    output = speculate(model, given, draft, eos_token_id=[eos], pad_token_id=0)
+    assert output.sequences[0, -1] == 0
     calls = {event.key: event.count for event in no_syncs[0].key_averages()}
     print({name: count for name, count in calls.items() if name.startswith("cuda")})
     # A profile synchronises once itself, when it ends.
     assert calls.pop("cudaDeviceSynchronize", 0) <= 1
     assert not [name for name in SYNCHRONISING if name in calls]
-    assert calls["cudaGraphLaunch"] <= output.speculation.steps + 2
+    assert calls["cudaGraphLaunch"] <= output.speculation.batch_steps + 2
 
 
 # Prompt lookup, acceptance and bookkeeping; a forward; each draft of an assistant.
-@pytest.mark.parametrize(("kind", "most"), [("ngram", 200), ("assistant", 320)])
+@pytest.mark.parametrize(("kind", "most"), [("ngram", 140), ("assistant", 235)])
 def test_the_step_does_not_grow(kind: str, most: int, fresh_compiler: None) -> None:
-    """Nodes of a step of a model of two layers with Inductor's kernels."""
+    """Nodes of a step of a model of two layers with Inductor's kernels: 126 and 213 when this was written."""
     model = on_cuda(tiny("llama"))
     draft = "ngram" if kind == "ngram" else on_cuda(noisy_copy("llama"))
     nodes = speculate(model, inputs(1), draft, options={}).speculation.graph_nodes
