@@ -78,10 +78,10 @@ def _triton_supports(
 
 
 def _triton(*args: Any) -> None:
-    from specc.lowerings.triton_kernels import ssd
+    from specc.lowerings.triton_kernels import ssd_fold
 
     with torch.cuda.device_of(args[0]):
-        ssd.fold(*args)
+        ssd_fold.fold(*args)
 
 
 def _fake(*_: object) -> None:

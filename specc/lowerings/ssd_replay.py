@@ -149,11 +149,11 @@ def unheld_pool(state: Tensor, *rings: Tensor) -> Reason:
 
 
 def _triton(*args: Any) -> Tensor:
-    from specc.lowerings.triton_kernels import ssd
+    from specc.lowerings.triton_kernels import ssd_replay as kernel
 
     with torch.cuda.device_of(args[0]):
         # There is one form, and it is exact.
-        return ssd.replay(*args[:-1])
+        return kernel.replay(*args[:-1])
 
 
 def _fake(x: Tensor, *args: object) -> Tensor:

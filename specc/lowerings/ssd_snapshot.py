@@ -70,10 +70,10 @@ def _triton_supports(
 
 
 def _triton(*args: Any) -> tuple[Tensor, Tensor]:
-    from specc.lowerings.triton_kernels import ssd
+    from specc.lowerings.triton_kernels import ssd_snapshot as kernel
 
     with torch.cuda.device_of(args[0]):
-        return ssd.snapshot(*args)
+        return kernel.snapshot(*args)
 
 
 def _fake(

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from specc.lowerings import fold_ssd, ssd_replay, ssd_snapshot
-from specc.lowerings.triton_kernels import ssd
+from specc.lowerings.triton_kernels import ssd_fold as fold_kernel
+from specc.lowerings.triton_kernels import ssd_replay as replay_kernel
+from specc.lowerings.triton_kernels import ssd_snapshot as snapshot_kernel
 from tests.lowerings.ssd_calls import Replay, Shape, Text, oracle, text
 
 SMALL = Shape(heads=2, groups=1, dim=8, size=16)
@@ -21,7 +23,7 @@ SHAPES = (
 
 
 def run(*args: Any) -> Tensor:
-    return ssd.replay(*args[:-1])
+    return replay_kernel.replay(*args[:-1])
 
 
 def kernels(*args: Any, **options: Any) -> Replay:
@@ -109,7 +111,7 @@ def test_fold(upto: list[int], tracks: list[int] | None) -> None:
     track_slots = None if tracks is None else torch.tensor(tracks)
     upto_there, track = torch.tensor(upto), torch.tensor([9, 1])
     args = replay.state, of.a, *replay.rings, replay.base, upto_there, replay.slots, track_slots, track
-    assert_as_reference(ssd.fold, fold_ssd.reference, args)
+    assert_as_reference(fold_kernel.fold, fold_ssd.reference, args)
 
 
 @pytest.mark.parametrize("pool", [torch.float32, torch.bfloat16])
@@ -117,7 +119,7 @@ def test_snapshots(pool: torch.dtype) -> None:
     of = text(SHAPES[0], 3, 5)
     state = torch.randn(4, 2, 12, 40).to(pool)
     args = *of.block([0] * 3, 5), state, torch.tensor([3, -1, 0]), *of.options
-    ours, expected = ssd.snapshot(*args), ssd_snapshot.reference(*cloned(args))
+    ours, expected = snapshot_kernel.snapshot(*args), ssd_snapshot.reference(*cloned(args))
     close(ours[0], expected[0])
     close(ours[1], expected[1], 2e-5 if pool == torch.float32 else 1e-2)
 

@@ -55,10 +55,10 @@ def _fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 )
 @pytest.mark.parametrize("arch", ARCHS)
 def test_ssd(arch: str, block: str, state: str, size: int, bare: bool) -> None:
-    from specc.lowerings.triton_kernels import ssd
+    from specc.lowerings.triton_kernels import ssd, ssd_fold, ssd_replay, ssd_snapshot
 
-    constants = ssd._tiles(64, size, arch != "sm_90") | ssd.OPTIONS | {"EVERY": 16, "SOFTPLUS": not bare}
-    for kernel in (ssd._replay, ssd._fold, ssd._snapshot):
+    constants = ssd.tiles_of(64, size, arch != "sm_90") | ssd.OPTIONS | {"EVERY": 16, "SOFTPLUS": not bare}
+    for kernel in (ssd_replay._replay, ssd_fold._fold, ssd_snapshot._snapshot):
         assert_compiles(kernel, arch, block, state, constants, bare=bare)
 
 
