@@ -12,7 +12,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import specc
-from specc.runtime import session
+from specc.runtime import cuda_graph, session
 from tests.families import FAMILIES, noisy_copy, prompt, tiny
 from tests.gpu.test_recurrent import noisy, wide
 from tests.runtime.test_recurrent_equality import inputs as recurrent_inputs
@@ -87,6 +87,13 @@ def test_a_kept_step_serves_other_batches(kind: str, fresh_compiler: None) -> No
         output = speculate(model, given, draft, **ends)
         assert torch.equal(output.sequences, expected)
         assert (output.speculation.capture_seconds > 0) == (number == 0)
+
+
+def test_captures_share_one_pool(fresh_compiler: None) -> None:
+    model, draft = on_cuda(tiny("llama")), on_cuda(noisy_copy("llama"))
+    for rows, kind in ((1, "ngram"), (4, "ngram"), (4, draft)):
+        assert speculate(model, inputs(rows), kind).speculation.capture_seconds > 0
+    assert len(cuda_graph._PLACES) == 1
 
 
 @pytest.mark.parametrize("kind", ["ngram", "assistant"])
