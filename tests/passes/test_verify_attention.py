@@ -216,7 +216,7 @@ def test_symbolic_bound_of_ragged_slots() -> None:
         for capacity, lens in ((32, (8, 20)), (48, (41, 48))):
             pools, table, given = inputs(capacity, lens)
             slots = ragged(table, given)
-            longest = torch.empty(capacity)
+            longest = torch.zeros(capacity)
             for tensor, dim in ((slots[1], 0), (longest, 0), (pools[0], 0), (pools[1], 0)):
                 torch._dynamo.mark_dynamic(tensor, dim)
             yield queries(), pools, *slots, longest
