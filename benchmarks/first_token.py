@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 import specc
-from benchmarks.harness import machine_name, record
+from benchmarks.harness import machine_name, record, settings_of
 from benchmarks.pairs import SHAPES, Pair, random_text
 
 CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
@@ -139,7 +139,7 @@ def _save(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
         return
     content = {
         "benchmark": "first_token",
-        "settings": {key: str(value) for key, value in vars(arguments).items()},
+        "settings": settings_of(arguments),
         "results": rows,
     }
     name = f"{machine_name(_device())}_first_token_{arguments.shape}{arguments.suffix}"

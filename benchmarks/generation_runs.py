@@ -22,6 +22,7 @@ from benchmarks.harness import (
     product_rate,
     read_bandwidth,
     record,
+    settings_of,
 )
 from benchmarks.pairs import Pair, random_text
 from specc.bench import Row, Way, leading_equal, measure, same_text
@@ -195,7 +196,7 @@ class Run:
         content = {
             "benchmark": "generation",
             "table": arguments.table,
-            "settings": {key: str(value) for key, value in vars(arguments).items()},
+            "settings": settings_of(arguments),
             "dtype": str(self.dtype),
             "pair": {"shape": self.pair.name, "draft_layers": self.pair.draft_layers, "seed": self.pair.seed},
             "bandwidths": {key: each.as_dict() for key, each in self.bandwidths.items()},

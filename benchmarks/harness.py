@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import importlib.metadata
 import json
@@ -159,6 +160,15 @@ def weight_bytes(model: torch.nn.Module) -> int:
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     total = sum(parameter.nbytes for parameter in model.parameters())
     return total if tied else total - model.get_input_embeddings().weight.nbytes
+
+
+# Arguments that name places on one machine.
+PLACES = ("output", "gpt_fast", "vllm_folder")
+
+
+def settings_of(arguments: argparse.Namespace) -> dict[str, str]:
+    """A benchmark's arguments, for its record."""
+    return {name: str(value) for name, value in vars(arguments).items() if name not in PLACES}
 
 
 def record(name: str, content: dict[str, Any], folder: Path = RESULTS, commit: str | None = None) -> Path:
