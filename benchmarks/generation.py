@@ -369,7 +369,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--budget", type=float, default=540, help="seconds until no more row is begun")
     parser.add_argument(
-        "--quick", action="store_true", help="one agreement, K and prompt, two repeats; options: exact or not"
+        "--quick", action="store_true", help="one agreement, one K, two repeats; options: exact or not"
     )
     parser.add_argument("--peers", nargs="*", help=f"of {', '.join(PEERS)} and vllm")
     parser.add_argument("--gpt-fast", metavar="PATH", help="a checkout of gpt-fast at bc04265 or older")
