@@ -172,7 +172,7 @@ def options(run: Run) -> None:
     """At the first agreement and K, and without drafts; all batches by one option, then by the next."""
     run.pair.set_eps(_levels(run)[0])
     prompt, drafts = run.arguments.prompt, run.arguments.drafts[0]
-    for name, chosen in OPTIONS[:2] if run.arguments.quick else OPTIONS:
+    for name, chosen in OPTIONS:
         for batch, count in itertools.product(run.arguments.batch or (1,), (0, drafts)):
             label = f"{name}, draft of {count}" if count else f"{name}, plain"
             run.measure(
@@ -301,8 +301,9 @@ def _specc(
 def _specc_way(
     run: Run, inputs: Any, name: str, draft: Any, drafts: int, settings: dict[str, Any] | None = None
 ) -> Way:
-    arguments = {**run.arguments.specc, **(settings or {})}
-    arguments["options"] = {**run.arguments.specc.get("options", {}), **arguments.get("options", {})}
+    given, settings = run.arguments.specc, settings or {}
+    options = {**given.get("options", {}), **settings.get("options", {})}
+    arguments = {**given, **settings, "options": options}
     return by_specc(run.pair.target, inputs, name, draft=draft, num_draft_tokens=drafts + 1, **arguments)
 
 
@@ -368,9 +369,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, help="timed calls per row (default 5; exact: 1)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--budget", type=float, default=540, help="seconds until no more row is begun")
-    parser.add_argument(
-        "--quick", action="store_true", help="one agreement, one K, two repeats; options: exact or not"
-    )
+    parser.add_argument("--quick", action="store_true", help="one agreement, one K, two repeats")
     parser.add_argument("--peers", nargs="*", help=f"of {', '.join(PEERS)} and vllm")
     parser.add_argument("--gpt-fast", metavar="PATH", help="a checkout of gpt-fast at bc04265 or older")
     folder = str(Path(tempfile.gettempdir()) / "specc-pair")
