@@ -36,13 +36,8 @@ MOVED = {
 }
 # Calls of the runtime that wait for the device.
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy")
-LAUNCHES = (
-    "cudaLaunchKernel",
-    "cudaLaunchKernelExC",
-    "cuLaunchKernel",
-    "cuLaunchKernelEx",
-    "cudaGraphLaunch",
-)
+GRAPH_LAUNCH = "cudaGraphLaunch"
+LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx", GRAPH_LAUNCH)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +46,12 @@ class Profile:
 
     kernels: dict[str, tuple[int, float]]
     runtime: dict[str, int]
-    steps: float
+    counted: int
+
+    @property
+    def steps(self) -> int:
+        """All that were run: of the steps queued ahead, the last may have had nothing left to do."""
+        return self.runtime.get(GRAPH_LAUNCH, self.counted)
 
     @classmethod
     def of(cls, call: Call, new_tokens: int, device: str) -> Profile:
@@ -79,9 +79,14 @@ def per_step(call: Call, new_tokens: int, device: str, floor: Floor, bandwidth: 
     """Kernels and groups of kernels per step, longest first, and the runtime's calls per step."""
     call(new_tokens)
     short, long = (Profile.of(call, length, device) for length in (max(new_tokens // 4, 2), new_tokens))
-    steps = long.steps - short.steps
-    if steps <= 0:
+    if long.steps <= short.steps:
         raise ValueError(f"{new_tokens} new tokens are no more steps than a quarter of them: ask for more")
+    return between(short, long, floor, bandwidth)
+
+
+def between(short: Profile, long: Profile, floor: Floor, bandwidth: float) -> dict[str, Any]:
+    """What a step of ``long`` takes, by what it has more than ``short``."""
+    steps = long.steps - short.steps
     kernels: list[dict[str, Any]] = [
         {"name": name, "group": group_of(name), **_difference(short, long, name, steps)}
         for name in long.kernels

@@ -8,7 +8,6 @@ import transformers
 
 from benchmarks.generation_floor import Floor, Multiplications, Reads, bound_seconds
 from benchmarks.generation_gpt_fast import interleaved
-from benchmarks.generation_kernels import group_of
 from benchmarks.pairs import SHAPES, Pair, first_layers, random_text
 
 
@@ -109,24 +108,3 @@ def test_gpt_fasts_rotary_embedding_gets_the_same_scores() -> None:
 
     scores = [turn(weights[0]) @ turn(weights[1]).mT for turn in (halves, neighbours)]
     torch.testing.assert_close(*scores)
-
-
-@pytest.mark.parametrize(
-    ("kernel", "group"),
-    [
-        ("nvjet_tst_128x8_64x12_4x1_v_bz_TNT", "products"),
-        ("void gemv2T_kernel_val<int, int, __nv_bfloat16>", "products"),
-        ("_paged_attention_kernel", "attention"),
-        ("_gated_delta_replay", "recurrent"),
-        ("triton_red_fused_add_mean_mul_pow_rsqrt_3", "fused by Inductor"),
-        ("triton_unk_fused_kv_write_linears_mean_2", "fused by Inductor"),
-        ("_products", "products"),
-        ("_replay", "recurrent"),
-        ("attend", "attention"),
-        ("_block_maxima", "choice"),
-        ("Memcpy DtoD (Device -> Device)", "copies"),
-        ("void at::native::index_elementwise_kernel", "other"),
-    ],
-)
-def test_kernels_are_known_by_name(kernel: str, group: str) -> None:
-    assert group_of(kernel) == group
