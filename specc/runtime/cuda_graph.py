@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import ctypes
+import dataclasses
 import logging
 import threading
 from collections.abc import Callable, Iterator
@@ -153,6 +154,18 @@ def _count_nodes(graph: torch.cuda.CUDAGraph) -> int | None:
     return count.value if status == 0 else None
 
 
+@dataclasses.dataclass(frozen=True)
+class _Sent:
+    """A report in pinned memory, and the event behind its copy."""
+
+    rows: Tensor
+    arrived: torch.cuda.Event
+
+    @classmethod
+    def like(cls, report: Tensor) -> _Sent:
+        return cls(torch.empty_like(report, device="cpu", pin_memory=True), torch.cuda.Event())
+
+
 class CudaLink:
     """Reports go to pinned memory on the stream of the steps, each with an event behind it."""
 
@@ -160,27 +173,28 @@ class CudaLink:
     steps_ahead = 2
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._sent: collections.deque[tuple[Tensor, torch.cuda.Event]] = collections.deque()
-        self._free: list[Tensor] = []
+        # A link belongs to what is queued on one stream.
+        self._stream = torch.cuda.current_stream(device)
+        self._sent: collections.deque[_Sent] = collections.deque()
+        self._free: list[_Sent] = []
         self._side = torch.cuda.Stream(device)
-        self._side.wait_stream(torch.cuda.current_stream(device))
+        self._side.wait_stream(self._stream)
 
     def send(self, report: Tensor) -> None:
         # A batch after this one may have other rows.
-        self._free = [each for each in self._free if each.shape == report.shape]
-        target = self._free.pop() if self._free else torch.empty_like(report, device="cpu", pin_memory=True)
-        target.copy_(report, non_blocking=True)
-        arrived = torch.cuda.Event()
-        arrived.record(torch.cuda.current_stream(self._device))
-        self._sent.append((target, arrived))
+        self._free = [each for each in self._free if each.rows.shape == report.shape]
+        sent = self._free.pop() if self._free else _Sent.like(report)
+        sent.rows.copy_(report, non_blocking=True)
+        sent.arrived.record(self._stream)
+        self._sent.append(sent)
 
-    def receive(self) -> Tensor:
-        pinned, arrived = self._sent.popleft()
-        arrived.synchronize()
-        report = pinned.clone()
-        self._free.append(pinned)
-        return report
+    def wait(self) -> None:
+        self._sent[0].arrived.synchronize()
+
+    def receive(self) -> list[list[int]]:
+        received = self._sent.popleft()
+        self._free.append(received)
+        return received.rows.tolist()
 
     def discard(self) -> None:
         self._sent.clear()

@@ -51,8 +51,11 @@ class HostLink(Protocol):
     def send(self, report: Tensor) -> None:
         """Queue a copy of ``report`` to the host, behind what the current stream holds."""
 
-    def receive(self) -> Tensor:
-        """The oldest report not received yet, on the host; waits until it is there."""
+    def wait(self) -> None:
+        """Until the oldest report not received yet is on the host."""
+
+    def receive(self) -> list[list[int]]:
+        """That report, row by row. Waited for it must have been."""
 
     def discard(self) -> None:
         """Forget what was sent and not received."""
@@ -91,12 +94,15 @@ class DirectLink:
     steps_ahead = 1
 
     def __init__(self, device: torch.device) -> None:
-        self._reports: list[Tensor] = []
+        self._reports: list[list[list[int]]] = []
 
     def send(self, report: Tensor) -> None:
-        self._reports.append(report.to("cpu", copy=True))
+        self._reports.append(report.tolist())
 
-    def receive(self) -> Tensor:
+    def wait(self) -> None:
+        """Reports are there when ``send`` returns."""
+
+    def receive(self) -> list[list[int]]:
         return self._reports.pop(0)
 
     def discard(self) -> None:

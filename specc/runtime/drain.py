@@ -9,6 +9,7 @@ would make, and a stop in the middle of an accepted block is found where it is.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -25,7 +26,8 @@ class Drain:
 
     prompts: int64 [B, P] as Hugging Face pads them. ``pad_token`` fills finished rows, if the criteria
     know an EOS; without one, rows keep their tokens until the whole batch stops, as in ``_sample``.
-    lens: int64 [B], the new tokens received of each row.
+    Between steps the device may wait for this thread, whose caches have gone cold meanwhile: what is done
+    for each step or token is plain Python on lists, which is several times as fast as operators of torch.
     """
 
     def __init__(
@@ -38,20 +40,21 @@ class Drain:
         link: HostLink,
     ) -> None:
         rows, self._prompt = prompts.shape
-        fill = 0 if pad_token is None else pad_token
-        room = torch.full((rows, max_new_tokens), fill, dtype=torch.int64)
+        self._fill = 0 if pad_token is None else pad_token
+        self._limit = max_new_tokens
+        room = torch.empty(rows, max_new_tokens, dtype=torch.int64)
         self._sequences = torch.cat([prompts.cpu(), room], dim=1)
-        self._received = torch.zeros(rows, max_new_tokens, dtype=torch.int64)
-        self.lens = torch.zeros(rows, dtype=torch.int64)
-        self._count = 0
-        self.handed_over = 0
+        # Tokens handed over, position by position, that are not in the sequences yet.
+        self._columns: list[list[int]] = []
+        self._received: list[list[int]] = [[] for _ in range(rows)]
         self._stops = _Stops(criteria, prompts.device, link)
         self._streamer = streamer
         self._pads = any(hasattr(each, "eos_token_id") for each in criteria)
-        # Between steps the device may wait for this thread: what seldom changes is not computed again.
-        self._unfinished = torch.ones(rows, dtype=torch.bool)
-        self._running = rows
-        self._stopped = torch.zeros(rows, dtype=torch.bool)
+        self._unfinished = set(range(rows))
+        # Rows whose own tokens are handed over.
+        self._kept = list(range(rows))
+        self._stopped = (False,) * rows
+        self.handed_over = self._count = 0
 
     def begin(self) -> None:
         """Put the prompts on the streamer: nothing can be refused any more."""
@@ -61,68 +64,72 @@ class Drain:
     @property
     def sequences(self) -> Tensor:
         """Prompts and what has been handed over, int64 [B, P + new tokens], on the host."""
-        return self._sequences[:, : self._prompt + self._count]
+        end = self._prompt + self._count
+        if self._columns:
+            self._sequences[:, end - len(self._columns) : end] = torch.tensor(self._columns).T
+            self._columns.clear()
+        return self._sequences[:, :end]
+
+    @property
+    def lens(self) -> list[int]:
+        """The new tokens received of each row."""
+        return [len(row) for row in self._received]
 
     @property
     def finished(self) -> bool:
-        return self._running == 0
+        return not self._unfinished
 
     @property
-    def stopped_rows(self) -> Tensor:
-        """Rows, bool [B], whose further tokens nobody will see; another tensor once there are more."""
+    def stopped_rows(self) -> tuple[bool, ...]:
+        """Rows whose further tokens nobody will see; another tuple once there are more."""
         return self._stopped
 
     @property
     def most_steps_left(self) -> int:
         """Steps after which every row is at its limit, however few drafts are right."""
-        left = self._received.shape[1] - self.lens
-        return int(left.masked_fill(self._stopped, 0).max())
+        left = (self._limit - len(self._received[row]) for row in self._kept)
+        return max(left, default=0)
 
     def take(self, report: StepReport) -> None:
         """Receive what a step committed, and hand over what is complete."""
-        at = torch.arange(report.tokens.shape[1])
-        row, column = (at < report.committed[:, None]).nonzero(as_tuple=True)
-        self._received[row, self.lens[row] + column] = report.tokens[row, column]
-        self.lens += report.committed
-        running, ready = self._running, self._ready()
-        while self._running and self._count < ready:
-            self._hand_over(self._received[:, self._count])
-            if self._running != running:
-                running, ready = self._running, self._ready()
-
-    def _hand_over(self, token: Tensor) -> None:
-        column = self._prompt + self._count
-        if self._pads and self._running < len(token):
-            token = torch.where(self._unfinished, token, self._sequences[:, column])
-        self._sequences[:, column] = token
-        self._count += 1
-        self.handed_over += self._running if self._pads else len(token)
-        if self._streamer is not None:
-            # Of its own: a streamer may keep it.
-            self._streamer.put(token.clone())
-        stops = self._stops(self.sequences) & self._unfinished
-        if bool(stops.any()):
-            self._stop(stops)
-
-    def _stop(self, rows: Tensor) -> None:
-        self._unfinished &= ~rows
-        self._running = int(self._unfinished.sum())
-        if self._pads:
-            self._stopped = ~self._unfinished
+        for row, (committed, tokens) in enumerate(zip(report.committed, report.tokens, strict=True)):
+            self._received[row] += tokens[:committed]
+        kept, ready = self._kept, self._ready()
+        while self._unfinished and self._count < ready:
+            self._hand_over()
+            if self._kept is not kept:
+                kept, ready = self._kept, self._ready()
 
     def _ready(self) -> int:
-        """The length that all rows have whose tokens are still wanted; none where nobody wants any."""
-        if not self._running:
-            return 0
-        return int((self.lens[self._unfinished] if self._pads else self.lens).min())
+        """The length that all rows have whose tokens are still wanted."""
+        return min((len(self._received[row]) for row in self._kept), default=0)
+
+    def _hand_over(self) -> None:
+        """The next token of each row."""
+        tokens = [self._received[row][self._count] for row in self._kept]
+        column = [self._fill] * len(self._received)
+        for row, token in zip(self._kept, tokens, strict=True):
+            column[row] = token
+        self._columns.append(column)
+        self._count += 1
+        self.handed_over += len(tokens)
+        if self._streamer is not None:
+            self._streamer.put(torch.tensor(column))
+        if self._stops.may_stop(tokens, self._prompt + self._count):
+            self._stop(self._stops(self.sequences).tolist())
+
+    def _stop(self, stops: list[bool]) -> None:
+        stopping = [row for row in self._unfinished if stops[row]]
+        if not stopping:
+            return
+        self._unfinished.difference_update(stopping)
+        if self._pads:
+            self._kept = sorted(self._unfinished)
+            self._stopped = tuple(row not in self._unfinished for row in range(len(self._received)))
 
     def end(self) -> None:
         if self._streamer is not None:
             self._streamer.end()
-
-
-# Criteria that look at lengths, ids and the clock only: they are asked on the host.
-_ON_THE_HOST = (MaxLengthCriteria, MaxTimeCriteria, EosTokenCriteria)
 
 
 class _Stops:
@@ -134,11 +141,17 @@ class _Stops:
     def __init__(self, criteria: Any, device: torch.device, link: HostLink) -> None:
         self._device = device
         self._link = link
-        self._here: list[Callable[[Tensor, Any], Tensor]] = []
-        self._there: list[Callable[[Tensor, Any], Tensor]] = []
-        for each in criteria:
-            known = type(each) in _ON_THE_HOST
-            (self._here if known else self._there).append(_on_the_host(each) if known else each)
+        known = [each for each in criteria if type(each) in _STOPS_NEVER_BEFORE]
+        self._there = [each for each in criteria if type(each) not in _STOPS_NEVER_BEFORE]
+        self._here = [_on_the_host(each) for each in known]
+        # All others have an answer for any token.
+        self._eos = {token for each in self._here for token in _eos_ids(each)}
+        lengths = [_STOPS_NEVER_BEFORE[type(each)](each) for each in known]
+        self._from = 0 if self._there else min(lengths, default=math.inf)
+
+    def may_stop(self, tokens: list[int], length: int) -> bool:
+        """Whether any criterion might stop a row. tokens: the rows' last; length: of the texts, with them."""
+        return length >= self._from or not self._eos.isdisjoint(tokens)
 
     def __call__(self, sequences: Tensor) -> Tensor:
         """Which rows stop, bool [B], on the host. sequences: int64 [B, tokens so far], on the host."""
@@ -151,6 +164,25 @@ class _Stops:
                 for each in self._there:
                     stops |= torch.as_tensor(each(moved, None)).cpu()
         return stops
+
+
+def _length_limit(criterion: Any) -> float:
+    # From there on it warns.
+    warns_at = criterion.max_position_embeddings
+    return min(criterion.max_length, math.inf if warns_at is None else warns_at + 1)
+
+
+# Criteria that look at lengths, ids and the clock only, which are asked on the host: the shortest text that
+# each can have something to say on, but for one that ends in an EOS id.
+_STOPS_NEVER_BEFORE: dict[type, Callable[[Any], float]] = {
+    MaxLengthCriteria: _length_limit,
+    MaxTimeCriteria: lambda criterion: 0,
+    EosTokenCriteria: lambda criterion: math.inf,
+}
+
+
+def _eos_ids(criterion: Any) -> list[int]:
+    return criterion.eos_token_id.tolist() if isinstance(criterion, EosTokenCriteria) else []
 
 
 def _on_the_host(criterion: Any) -> Any:

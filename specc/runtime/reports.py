@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -18,24 +19,26 @@ def write_report(state: DecodeState, choice: Tensor, num_correct: Tensor, commit
 
 @dataclasses.dataclass(frozen=True)
 class StepReport:
-    """A report on the host. num_correct, committed: int64 [B]; tokens: int64 [B, D].
+    """A report on the host. Of each row: drafts that were right, tokens committed, D tokens.
 
     Of ``tokens`` the first ``committed`` count. A row that was done before the step commits none.
     """
 
-    num_correct: Tensor
-    committed: Tensor
-    tokens: Tensor
+    num_correct: list[int]
+    committed: list[int]
+    tokens: list[list[int]]
 
     @classmethod
-    def of(cls, report: Tensor) -> StepReport:
-        return cls(report[:, 0], report[:, 1], report[:, 2:])
+    def of(cls, rows: list[list[int]]) -> StepReport:
+        """rows: what ``write_report`` left, as lists."""
+        return cls([row[0] for row in rows], [row[1] for row in rows], [row[2:] for row in rows])
 
-    def without(self, rows: Tensor) -> StepReport:
-        """As if these rows, bool [B], had been done before."""
-        if not bool(rows.any()):
+    def without(self, rows: Sequence[bool]) -> StepReport:
+        """As if these rows had been done before."""
+        if not any(rows):
             return self
-        return dataclasses.replace(self, committed=self.committed.masked_fill(rows, 0))
+        left = [0 if out else count for count, out in zip(self.committed, rows, strict=True)]
+        return dataclasses.replace(self, committed=left)
 
 
 class Tally:
@@ -50,9 +53,7 @@ class Tally:
 
     def count(self, report: StepReport) -> None:
         before = self.steps
-        for num_correct, committed in zip(
-            report.num_correct.tolist(), report.committed.tolist(), strict=True
-        ):
+        for num_correct, committed in zip(report.num_correct, report.committed, strict=True):
             if committed:
                 self.steps += 1
                 self.committed += committed

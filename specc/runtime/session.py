@@ -9,7 +9,7 @@ import gc
 import logging
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -264,13 +264,14 @@ def _prefill(space: Workspace, batch: Batch, ops: StepOps, drain: Drain) -> None
     no_drafts = torch.zeros_like(state.text_lens)
     write_report(state, choice, no_drafts, commit(state, choice, no_drafts))
     link.send(state.report[: batch.live])
+    link.wait()
     drain.take(StepReport.of(link.receive()))
     _stop_rows(space, drain)
 
 
 def _stop_rows(space: Workspace, drain: Drain) -> None:
     """Tell the device which rows the host wants no more of; steps queued before still run for them."""
-    stopped = drain.stopped_rows
+    stopped = torch.tensor(drain.stopped_rows)
     space.link.upload(stopped, space.state.stopped[: len(stopped)])
     space.state.done |= space.state.stopped
 
@@ -283,6 +284,7 @@ class _Loop:
         self._live = batch.live
         self._prompt_lens = batch.lens.cpu()
         self._state = space.state
+        self._report = space.state.report[: batch.live]
         self._link = space.link
         self._drain = drain
         self._request = request
@@ -323,7 +325,7 @@ class _Loop:
             wanted = min(ahead, drain.most_steps_left)
             while queued < wanted:
                 self._replay()
-                self._link.send(self._state.report[: self._live])
+                self._link.send(self._report)
                 queued += 1
             stopped = drain.stopped_rows
             if queued == 0 or not self._take(stopped):
@@ -348,9 +350,9 @@ class _Loop:
         self.graph_nodes = graph.num_nodes
         if graph.takes_lengths:
             seq_lens = self._prompt_lens.clone()
-            seq_lens[: self._live] += self._drain.lens - 1
+            seq_lens[: self._live] += torch.tensor(self._drain.lens) - 1
             graph.patch(seq_lens)
-        if _keeps(self._request) and log.isEnabledFor(logging.DEBUG):
+        if log.isEnabledFor(logging.DEBUG) and _keeps(self._request):
             self._check_addresses()
         graph.replay()
 
@@ -362,15 +364,15 @@ class _Loop:
                 f"change weights in place, or between calls"
             )
 
-    def _take(self, stopped: Tensor) -> bool:
-        """Give the host what the oldest step did; whether that was anything. stopped: bool [B]."""
-        raw, waited = _timed(self._link.receive)
+    def _take(self, stopped: Sequence[bool]) -> bool:
+        """Give the host what the oldest step did; whether that was anything. stopped: rows that were."""
+        _, waited = _timed(self._link.wait)
         self.waited += waited
         # What a row did after the host stopped it is surplus: results are those of one step at a time.
-        report = StepReport.of(raw).without(stopped)
+        report = StepReport.of(self._link.receive()).without(stopped)
         self.tally.count(report)
         self._drain.take(report)
-        return bool(report.committed.any())
+        return any(report.committed)
 
 
 def _bind(request: Request, model: Any, role: Role, *, q_len: int, rows: Rows) -> BoundModel:

@@ -1,4 +1,4 @@
-"""The pieces of the step against plain Python: prompt lookup, commit, the host's drain, the masks."""
+"""The pieces of the step against plain Python: prompt lookup, commit, the masks."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 
 from specc.lowerings import greedy_select
 from specc.runtime.acceptance import commit, target_choice
-from specc.runtime.device_graph import DirectLink, EagerGraph, device_graph
+from specc.runtime.device_graph import EagerGraph, device_graph
 from specc.runtime.drafters.ngram import lookup
-from specc.runtime.drain import Drain
 from specc.runtime.masks import MaskPlan
 from specc.runtime.reports import StepReport, Tally, write_report
 from specc.runtime.state import DecodeState
@@ -97,9 +96,9 @@ def test_commit(data: st.DataObject) -> None:
     run = commit(state, torch.tensor(choice), torch.tensor(correct))
     write_report(state, torch.tensor(choice), torch.tensor(correct), run)
 
-    report = StepReport.of(state.report)
-    assert report.tokens.tolist() == choice
-    assert report.committed.tolist() == run.tolist()
+    report = StepReport.of(state.report.tolist())
+    assert report.tokens == choice
+    assert report.committed == run.tolist()
     live = [row for row in range(rows) if not done[row]]
     tally = Tally(width)
     tally.count(report)
@@ -143,57 +142,6 @@ def test_ids_are_held_back_each_for_its_own_number_of_new_tokens() -> None:
     assert target_choice(state, logits, greedy_select).tolist() == [[7, 7, 3], [3, 3, 1]]
 
 
-class Counter:
-    def __init__(self, stops: dict[int, int], eos: bool) -> None:
-        self.stops, self.calls = stops, 0
-        if eos:
-            self.eos_token_id = torch.tensor([0])
-
-    def __call__(self, ids: torch.Tensor, scores: Any) -> torch.Tensor:
-        self.calls += 1
-        return torch.tensor([self.stops.get(row, 999) <= ids.shape[1] for row in range(ids.shape[0])])
-
-
-class Criteria(list[Any]):
-    def __call__(self, ids: torch.Tensor, scores: Any) -> torch.Tensor:
-        return torch.stack([each(ids, scores) for each in self]).any(dim=0)
-
-
-@FAST
-@given(data=st.data(), pads=st.booleans())
-def test_drain_is_plain_decodings_loop(data: st.DataObject, pads: bool) -> None:
-    """However the rows' tokens arrive, criteria are called once per token and rows are padded alike."""
-    rows, total, prompt = data.draw(st.integers(1, 4)), 12, 2
-    stops = {row: prompt + data.draw(st.integers(1, total)) for row in range(rows)}
-    tokens = torch.arange(rows * total).reshape(rows, total) + 100
-    criterion = Counter(stops, eos=pads)
-    prompts = torch.ones(rows, prompt, dtype=torch.int64)
-    link = DirectLink(prompts.device)
-    drain = Drain(prompts, total, Criteria([criterion]), 7, None, link)
-    counts = torch.zeros(rows, dtype=torch.int64)
-    block = torch.arange(5)
-    while not drain.finished:
-        gained = torch.tensor(data.draw(st.lists(SMALL, min_size=rows, max_size=rows)))
-        gained[counts.argmin()] += 1
-        gained = torch.minimum(gained, total - counts)
-        assert drain.most_steps_left == int((total - counts)[~drain.stopped_rows].max())
-        behind = (counts[:, None] + block).clamp(max=total - 1)
-        blocks = torch.where(block < gained[:, None], tokens.gather(1, behind), -5)
-        stopped = drain.stopped_rows
-        before = stopped.tolist()
-        drain.take(StepReport(torch.zeros(rows, dtype=torch.int64), gained, blocks))
-        assert stopped.tolist() == before
-        assert (drain.stopped_rows is stopped) == (drain.stopped_rows.tolist() == before)
-        counts += gained
-    length = max(stops.values())
-    assert drain.sequences.shape[1] == length
-    assert criterion.calls == length - prompt
-    for row in range(rows):
-        own = stops[row] if pads else length
-        expected = tokens[row, : own - prompt].tolist() + [7] * (length - own)
-        assert drain.sequences[row, prompt:].tolist() == expected
-
-
 def dense_mask(pattern: str, size: int, position: int, capacity: int) -> list[bool]:
     allowed = {
         "full_attention": lambda t: t <= position,
@@ -232,42 +180,6 @@ def test_the_eager_graph_replays_its_program() -> None:
     for _ in range(3):
         graph.replay()
     assert int(counter) == 3
-
-
-def test_criteria_that_never_end_are_an_error_and_no_endless_loop() -> None:
-    """The row is done on the device at its limit; a criterion that ignores the limit would wait for ever."""
-    from specc.errors import SpeccError
-    from specc.options import Options
-    from specc.runtime.session import Request, run
-    from tests.families import tiny
-
-    request = Request(
-        model=tiny("llama"),
-        prompts=torch.tensor([[3, 4, 5]]),
-        attention_mask=None,
-        draft="ngram",
-        num_draft_tokens=2,
-        max_new_tokens=6,
-        eos=torch.tensor([], dtype=torch.int64),
-        held_ids=torch.tensor([], dtype=torch.int64),
-        held_until=torch.tensor([], dtype=torch.int64),
-        pad_token=None,
-        criteria=Criteria([Counter({}, eos=False)]),
-        streamer=None,
-        options=Options(),
-        compiled=False,
-    )
-    with torch.no_grad(), pytest.raises(SpeccError, match="every row has ended"):
-        run(request)
-
-
-def test_criteria_may_answer_with_a_python_bool() -> None:
-    link = DirectLink(torch.device("cpu"))
-    criteria = Criteria([lambda ids, scores: ids.shape[1] >= 4])
-    drain = Drain(torch.ones(2, 2, dtype=torch.int64), 9, criteria, None, None, link)
-    two = torch.tensor([2, 2])
-    drain.take(StepReport(two, two, torch.tensor([[5, 6], [7, 8]])))
-    assert drain.finished
 
 
 @pytest.mark.parametrize("eos", [(), (7, 11)])
