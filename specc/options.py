@@ -74,8 +74,9 @@ class Options:
     ``exact``: a token's bits do not depend on its block, from two rows on: products, reductions and recurrent
     layers sum in one order (in float32, products of many rows are taken in slices), and no kernel is chosen
     by timing. In the drop-in, with compile=True, decoding with and without drafts then gives the same bits.
-    None (the default) asks for that in the drop-in where it was measured to cost less than 3 % of a step: one
-    row in bfloat16 on CUDA, compiled by Inductor, without experts, ``providers`` and ``max_autotune``.
+    None (the default) asks for that in the drop-in where it was measured to cost less than 3 % of a step with
+    drafts: one row in bfloat16 on CUDA, compiled by Inductor, without experts, ``providers`` and
+    ``max_autotune``.
     """
 
     inductor: bool | None = _option(

@@ -17,7 +17,8 @@ def usual_dtype(device: str) -> torch.dtype:
     return torch.float32 if device == "cpu" else torch.bfloat16
 
 
-# Up to how many rows sums in one order were measured to cost a step less than 3 % (benchmarks/NOTES.md).
+# Up to how many rows sums in one order cost a step with drafts less than 3 % where that was measured
+# (benchmarks/NOTES.md).
 _CHEAPLY_EXACT = {("cuda", torch.bfloat16): 1}
 
 
