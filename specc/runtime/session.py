@@ -247,11 +247,13 @@ def _made(request: Request, batch: Batch, key: StepKey, rows: Rows) -> Workspace
 def _pools(request: Request, rows: Rows) -> tuple[BoundModel, Drafter]:
     """The models over empty pools. Raises PoolError if memory does not suffice."""
     bind = functools.partial(_bind, request, rows=rows)
-    target = bind(request.model, VERIFY, q_len=request.num_draft_tokens)
+    target = bind(request.model, VERIFY, request.options, q_len=request.num_draft_tokens)
     num_drafts = request.num_draft_tokens - 1
     if isinstance(request.draft, str):
         return target, NGramDrafter(num_drafts)
-    return target, AssistantDrafter(bind(request.draft, DRAFT, q_len=FED), num_drafts)
+    # Drafts are verified, whatever their last bits are.
+    options = dataclasses.replace(request.options, exact=False)
+    return target, AssistantDrafter(bind(request.draft, DRAFT, options, q_len=FED), num_drafts)
 
 
 def _prefill(space: Workspace, batch: Batch, ops: StepOps, drain: Drain) -> None:
@@ -375,27 +377,29 @@ class _Loop:
         return any(report.committed)
 
 
-def _bind(request: Request, model: Any, role: Role, *, q_len: int, rows: Rows) -> BoundModel:
+def _bind(
+    request: Request, model: Any, role: Role, options: Options, *, q_len: int, rows: Rows
+) -> BoundModel:
     return BoundModel(
         model,
         role,
         rows=rows,
         q_len=q_len,
         last_position=_last_position(request),
-        options=request.options,
+        options=options,
         compiled=request.compiled,
-        plan=_plan(request),
+        plan=_plan(request, options),
         chunk=request.prefill_chunk,
         kv_dtype=request.kv_dtype,
     )
 
 
-def _plan(request: Request) -> RecurrentPlan:
+def _plan(request: Request, options: Options) -> RecurrentPlan:
     return RecurrentPlan(
         # An assistant feeds one more token than it drafts.
         ahead=request.num_draft_tokens + 1,
-        snapshots=request.options.state_commit == "snapshot",
-        exact=bool(request.options.exact),
+        snapshots=options.state_commit == "snapshot",
+        exact=bool(options.exact),
         dtype=request.state_dtype,
     )
 

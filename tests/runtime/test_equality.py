@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import specc
+from specc.runtime import session
 from tests.families import FAMILIES, noisy_copy, prompt, tiny
 
 EXHAUSTIVE = pytest.mark.exhaustive
@@ -199,3 +200,18 @@ def test_exact_blocks_of_one_are_fed_as_blocks_of_two(how: str) -> None:
     )
     assert torch.equal(output.sequences, plain("llama", 4))
     assert output.speculation.mean_accepted_length == 1
+
+
+def test_only_what_verifies_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A draft's last bits do not matter, and exact kernels cost."""
+    exact: dict[str, tuple[bool | None, bool]] = {}
+    made = session.BoundModel
+
+    def noting(model: Any, role: Any, *, options: Any, plan: Any, **others: Any) -> Any:
+        exact[role.name] = options.exact, plan.exact
+        return made(model, role, options=options, plan=plan, **others)
+
+    monkeypatch.setattr(session, "BoundModel", noting)
+    output = speculate("llama", 4, noisy_copy("llama"), "eager", options={"exact": True})
+    assert torch.equal(output.sequences, plain("llama", 4))
+    assert exact == {"verify": (True, True), "draft": (False, False)}
