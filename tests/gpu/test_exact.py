@@ -53,7 +53,7 @@ def hybrid() -> Any:
 @pytest.mark.parametrize("rows", [1, 16])
 @pytest.mark.parametrize("build", [dense, hybrid])
 def test_blocks_do_not_change_a_bit(build: Any, rows: int, fresh_compiler: None) -> None:
-    """A model that drafts for itself is right but for near ties: its drafts come from blocks of two."""
+    """A model that drafts for itself is right but for near ties: drafts are not exact."""
     torch.manual_seed(0)
     with torch.device("cuda"):
         model = build().to(torch.bfloat16).eval()
@@ -76,7 +76,7 @@ def test_blocks_do_not_change_a_bit(build: Any, rows: int, fresh_compiler: None)
         )
         length = output.speculation.mean_accepted_length
         print(f"{build.__name__}, {rows} rows, blocks of {count}: {length:.2f} accepted per step")
-        assert length > (0.7 if ends else 0.9) * count
+        assert length > (0.7 if ends else 0.8) * count
         return output.sequences
 
     plain = tokens(1)
