@@ -163,7 +163,9 @@ class _Sent:
 
     @classmethod
     def like(cls, report: Tensor) -> _Sent:
-        return cls(torch.empty_like(report, device="cpu", pin_memory=True), torch.cuda.Event())
+        # It may be kept for a call outside of inference mode.
+        with torch.inference_mode(False):
+            return cls(torch.empty_like(report, device="cpu", pin_memory=True), torch.cuda.Event())
 
 
 class CudaLink:
@@ -173,19 +175,21 @@ class CudaLink:
     steps_ahead = 2
 
     def __init__(self, device: torch.device) -> None:
-        # A link belongs to what is queued on one stream.
-        self._stream = torch.cuda.current_stream(device)
+        self._device = device
         self._sent: collections.deque[_Sent] = collections.deque()
         self._free: list[_Sent] = []
         self._side = torch.cuda.Stream(device)
-        self._side.wait_stream(self._stream)
+        self._side.wait_stream(torch.cuda.current_stream(device))
+
+    def expect(self, report: Tensor, count: int) -> None:
+        # A batch before this one may have had other rows.
+        self._free = [each for each in self._free if each.rows.shape == report.shape]
+        self._free += [_Sent.like(report) for _ in range(count - len(self._free))]
 
     def send(self, report: Tensor) -> None:
-        # A batch after this one may have other rows.
-        self._free = [each for each in self._free if each.rows.shape == report.shape]
         sent = self._free.pop() if self._free else _Sent.like(report)
         sent.rows.copy_(report, non_blocking=True)
-        sent.arrived.record(self._stream)
+        sent.arrived.record(torch.cuda.current_stream(self._device))
         self._sent.append(sent)
 
     def wait(self) -> None:

@@ -48,6 +48,9 @@ class HostLink(Protocol):
     steps_ahead: int
     """Steps to queue before the host looks at the first."""
 
+    def expect(self, report: Tensor, count: int) -> None:
+        """Make room for so many like ``report`` on their way, which may stop the device."""
+
     def send(self, report: Tensor) -> None:
         """Queue a copy of ``report`` to the host, behind what the current stream holds."""
 
@@ -95,6 +98,9 @@ class DirectLink:
 
     def __init__(self, device: torch.device) -> None:
         self._reports: list[list[list[int]]] = []
+
+    def expect(self, report: Tensor, count: int) -> None:
+        """Nothing is on its way for long."""
 
     def send(self, report: Tensor) -> None:
         self._reports.append(report.tolist())

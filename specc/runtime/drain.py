@@ -42,7 +42,7 @@ class Drain:
         rows, self._prompt = prompts.shape
         self._fill = 0 if pad_token is None else pad_token
         self._limit = max_new_tokens
-        room = torch.empty(rows, max_new_tokens, dtype=torch.int64)
+        room = torch.empty(rows, max_new_tokens, dtype=torch.int64, device="cpu")
         self._sequences = torch.cat([prompts.cpu(), room], dim=1)
         # Tokens handed over, position by position, that are not in the sequences yet.
         self._columns: list[list[int]] = []
@@ -66,7 +66,7 @@ class Drain:
         """Prompts and what has been handed over, int64 [B, P + new tokens], on the host."""
         end = self._prompt + self._count
         if self._columns:
-            self._sequences[:, end - len(self._columns) : end] = torch.tensor(self._columns).T
+            self._sequences[:, end - len(self._columns) : end] = torch.tensor(self._columns, device="cpu").T
             self._columns.clear()
         return self._sequences[:, :end]
 
@@ -114,7 +114,7 @@ class Drain:
         self._count += 1
         self.handed_over += len(tokens)
         if self._streamer is not None:
-            self._streamer.put(torch.tensor(column))
+            self._streamer.put(torch.tensor(column, device="cpu"))
         if self._stops.may_stop(tokens, self._prompt + self._count):
             self._stop(self._stops(self.sequences).tolist())
 
@@ -155,14 +155,14 @@ class _Stops:
 
     def __call__(self, sequences: Tensor) -> Tensor:
         """Which rows stop, bool [B], on the host. sequences: int64 [B, tokens so far], on the host."""
-        stops = torch.zeros(sequences.shape[0], dtype=torch.bool)
+        stops = torch.zeros_like(sequences[:, 0], dtype=torch.bool)
         for each in self._here:
             stops |= each(sequences, None)
         if self._there:
             with self._link.aside():
                 moved = sequences.to(self._device)
                 for each in self._there:
-                    stops |= torch.as_tensor(each(moved, None)).cpu()
+                    stops |= torch.as_tensor(each(moved, None)).cpu().bool()
         return stops
 
 
@@ -182,7 +182,7 @@ _STOPS_NEVER_BEFORE: dict[type, Callable[[Any], float]] = {
 
 
 def _eos_ids(criterion: Any) -> list[int]:
-    return criterion.eos_token_id.tolist() if isinstance(criterion, EosTokenCriteria) else []
+    return criterion.eos_token_id.reshape(-1).tolist() if isinstance(criterion, EosTokenCriteria) else []
 
 
 def _on_the_host(criterion: Any) -> Any:

@@ -265,7 +265,9 @@ def _prefill(space: Workspace, batch: Batch, ops: StepOps, drain: Drain) -> None
     choice = target_choice(state, logits[:, None], ops.select)
     no_drafts = torch.zeros_like(state.text_lens)
     write_report(state, choice, no_drafts, commit(state, choice, no_drafts))
-    link.send(state.report[: batch.live])
+    report = state.report[: batch.live]
+    link.expect(report, 1)
+    link.send(report)
     link.wait()
     drain.take(StepReport.of(link.receive()))
     _stop_rows(space, drain)
@@ -273,7 +275,7 @@ def _prefill(space: Workspace, batch: Batch, ops: StepOps, drain: Drain) -> None
 
 def _stop_rows(space: Workspace, drain: Drain) -> None:
     """Tell the device which rows the host wants no more of; steps queued before still run for them."""
-    stopped = torch.tensor(drain.stopped_rows)
+    stopped = torch.tensor(drain.stopped_rows, device="cpu")
     space.link.upload(stopped, space.state.stopped[: len(stopped)])
     space.state.done |= space.state.stopped
 
@@ -319,6 +321,7 @@ class _Loop:
         return graph
 
     def run(self) -> None:
+        self._link.expect(self._report, self._steps_ahead())
         _, self.seconds = _timed(self._run)
 
     def _run(self) -> None:
@@ -352,7 +355,7 @@ class _Loop:
         self.graph_nodes = graph.num_nodes
         if graph.takes_lengths:
             seq_lens = self._prompt_lens.clone()
-            seq_lens[: self._live] += torch.tensor(self._drain.lens) - 1
+            seq_lens[: self._live] += torch.tensor(self._drain.lens, device="cpu") - 1
             graph.patch(seq_lens)
         if log.isEnabledFor(logging.DEBUG) and _keeps(self._request):
             self._check_addresses()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 
 from specc.lowerings import REGISTRY, unified_attention
@@ -19,14 +22,28 @@ ATTENTION = (
 )
 
 
+def one_token(call: tuple[Any, ...]) -> tuple[Any, ...]:
+    return *(each[:, :1].contiguous() for each in call[:5]), *call[5:]
+
+
+def calls(name: str, sample: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
+    """The sample, and what other kernels of the same operator serve."""
+    yield sample
+    if name == "gated_delta_rule_replay":
+        for exact in (False, True):
+            call = *sample[:-1], exact
+            yield call
+            yield one_token(call)
+
+
 def main() -> None:
     for case in ATTENTION:
         unified_attention(*build(case, "cuda"))
     for op in REGISTRY.values():
-        call = op.sample("cuda")
-        for provider in op.providers:
-            if provider.name == "triton" and provider.supports(*call) is None:
-                provider.run(*call)
+        for call in calls(op.name, op.sample("cuda")):
+            for provider in op.providers:
+                if provider.name == "triton" and provider.supports(*call) is None:
+                    provider.run(*call)
     torch.cuda.synchronize()
 
 

@@ -51,6 +51,17 @@ def test_compiled_tokens_equal_plain_decoding(family: str, options: Any, fresh_c
     assert torch.equal(tokens, model.generate(**inputs(4), **settings))
 
 
+def test_modes_and_the_default_device_change_nothing(fresh_compiler: None) -> None:
+    """Each call finds what the one before has kept."""
+    model, given = on_cuda(tiny("llama")), inputs(4)
+    settings = {"max_new_tokens": 64, "do_sample": False}
+    expected = model.generate(**given, **settings)
+    for mode in (torch.inference_mode(), torch.no_grad(), torch.device("cuda"), torch.enable_grad()):
+        with mode:
+            tokens = specc.generate(model, **given, draft="ngram", options={"inductor": False}, **settings)
+        assert torch.equal(tokens, expected)
+
+
 @pytest.mark.parametrize("options", [{"inductor": False}, {}])
 def test_greedy_select_takes_the_triton_kernel(options: Any, tmp_path: Path, fresh_compiler: None) -> None:
     def select(x: torch.Tensor) -> torch.Tensor:

@@ -179,8 +179,10 @@ def test_ten_thousand_rounds(exact: bool) -> None:
         q, k, v, g, beta = make_block(shape, 3, tokens, "cuda")
         block = (q, k, v.float(), g, beta)
         out = rounds.verify(block, replay, exact)
-        counts = torch.randint(1, min(tokens, 2) + 1, (3,), device="cuda")
-        for t in range(min(tokens, 2)):
+        # Few of a block as a rule, for the sake of time.
+        most = tokens if number % 5 == 0 else min(tokens, 2)
+        counts = torch.randint(0, most + 1, (3,), device="cuda")
+        for t in range(most):
             ahead, o, _ = step(state, tuple(each[:, t] for each in block), shape)
             live = (t < counts)[:, None, None]
             worst = torch.maximum(worst, torch.where(live, (out[:, t] - o).abs(), 0).max())

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from specc.lowerings import REGISTRY, fold_ssd, ssd_replay, ssd_snapshot
 from tests.lowerings.pools import bits
-from tests.lowerings.ssd_calls import INF, Replay, Shape, oracle, text
+from tests.lowerings.ssd_calls import INF, Replay, Shape, drift, oracle, text
 
 LIMITS = settings(max_examples=25, deadline=None)
 POOLS = (torch.float32, torch.bfloat16)
@@ -91,6 +91,11 @@ def test_the_bits_do_not_depend_on_the_blocks(every: int, pool: torch.dtype, sha
         outputs.append(torch.stack([torch.cat([each[row] for each in rows])[:40] for row in range(2)]))
     for other in outputs[1:]:
         assert torch.equal(bits(other), bits(outputs[0]))
+
+
+@pytest.mark.slow
+def test_ten_thousand_rounds() -> None:
+    assert drift(replay_kernel, 10_000, "cuda") < 2e-5
 
 
 def test_drafts_that_are_not_final_are_read_but_not_stored() -> None:

@@ -89,11 +89,20 @@ def test_a_kept_step_serves_other_batches(kind: str, fresh_compiler: None) -> No
         assert (output.speculation.capture_seconds > 0) == (number == 0)
 
 
-def test_captures_share_one_pool(fresh_compiler: None) -> None:
+def test_captures_share_one_pool(monkeypatch: pytest.MonkeyPatch, fresh_compiler: None) -> None:
+    captured, graphs = cuda_graph._captured, []
+
+    def noting(program: Any, pool: Any) -> Any:
+        graphs.append(captured(program, pool))
+        return graphs[-1]
+
+    monkeypatch.setattr(cuda_graph, "_captured", noting)
+    cuda_graph.release_pools()
     model, draft = on_cuda(tiny("llama")), on_cuda(noisy_copy("llama"))
     for rows, kind in ((1, "ngram"), (4, "ngram"), (4, draft)):
         assert speculate(model, inputs(rows), kind).speculation.capture_seconds > 0
-    assert len(cuda_graph._PLACES) == 1
+    assert len(graphs) == 4, "three steps, and what keeps the pool alive"
+    assert len({graph.pool() for graph in graphs}) == len(cuda_graph._PLACES) == 1
 
 
 @pytest.mark.parametrize("kind", ["ngram", "assistant"])
@@ -144,7 +153,7 @@ def no_syncs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return profiles
 
 
-SYNCHRONISING = ("cudaStreamSynchronize", "cudaMemcpy", "cudaMalloc", "cudaFree")
+SYNCHRONISING = ("cudaStreamSynchronize", "cudaMemcpy", "cudaMalloc", "cudaFree", "cudaHostAlloc")
 
 
 @pytest.mark.parametrize("kind", ["ngram", "assistant"])

@@ -159,3 +159,19 @@ class Replay:
 
     def drop(self) -> None:
         self.seq = self.final.clone()
+
+
+def drift(run: Callable[..., Any], rounds: int, device: str = "cpu") -> float:
+    """The largest error, over the largest output, of many blocks of which rows take any number of tokens."""
+    of = text(Shape(heads=2, groups=1), 2, 100 + rounds * 9 // 4, device)
+    replay = Replay(of, [0, 3], [1, 0], ring_size=31, flush_every=16, run=run)
+    expected, _ = oracle(of, replay.first)
+    worst, at = expected.new_zeros(()), [0, 0]
+    for number in range(rounds):
+        tokens = [1, 7, 3, 4][number // 7 % 4]
+        good = torch.randint(0, tokens + 1, (2,)).tolist()
+        for row, y in enumerate(replay.feed(tokens, good)):
+            error = y - expected[row, at[row] : at[row] + good[row]]
+            worst = torch.cat([worst[None], error.abs().flatten()]).max()
+            at[row] += good[row]
+    return float(worst / expected.abs().max())

@@ -16,7 +16,7 @@ from specc.errors import ProviderError
 from specc.lowerings import REGISTRY, fold_ssd, ssd, ssd_replay, ssd_snapshot
 from specc.lowerings.triton_kernels import obstacle
 from tests.lowerings.pools import bits
-from tests.lowerings.ssd_calls import INF, Replay, Shape, Text, oracle, text
+from tests.lowerings.ssd_calls import INF, Replay, Shape, Text, drift, oracle, text
 
 LIMITS = settings(max_examples=40, deadline=None)
 needs_triton = pytest.mark.skipif(obstacle() is not None, reason=str(obstacle()))
@@ -319,3 +319,7 @@ def test_triton_says_what_it_cannot_serve(
         args[position] = change(args[position])
         with pytest.raises(ProviderError, match=why):
             REGISTRY[name].choose(*args, forced="triton")
+
+
+def test_no_drift_over_many_rounds() -> None:
+    assert drift(ssd_replay, 300) < 2e-5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -102,6 +103,26 @@ def test_criteria_of_transformers_stop_where_they_would_stop_generate(data: st.D
         blocks = [row[have : have + 3] for row, have in zip(tokens, drain.lens, strict=True)]
         drain.take(StepReport([0] * rows, committed, blocks))
     assert drain.sequences[:, PROMPT:].tolist() == plainly(tokens, criteria, pad=3)
+
+
+@pytest.mark.parametrize("ids", [3, [3], torch.tensor(3), torch.tensor([[3, 4]])])
+def test_eos_ids_come_in_any_shape(ids: Any) -> None:
+    drain = drain_of(1, 8, StoppingCriteriaList([EosTokenCriteria(ids)]), 0)
+    drain.take(StepReport([0], [4], [[1, 2, 3, 4]]))
+    assert drain.finished
+    assert drain.sequences[0, PROMPT:].tolist() == [1, 2, 3]
+
+
+def test_the_host_keeps_to_itself_where_new_tensors_go_elsewhere() -> None:
+    put: list[torch.Tensor] = []
+    streamer = SimpleNamespace(put=put.append, end=lambda: None)
+    with torch.device("meta"):
+        prompts = torch.ones(1, PROMPT, dtype=torch.int64, device="cpu")
+        criteria = StoppingCriteriaList([EosTokenCriteria(torch.tensor([3], device="cpu"))])
+        drain = Drain(prompts, 8, criteria, 0, streamer, DirectLink(prompts.device))
+        drain.take(StepReport([0], [3], [[1, 2, 3]]))
+        assert drain.sequences[0, PROMPT:].tolist() == [1, 2, 3]
+    assert [each.tolist() for each in put] == [[1], [2], [3]]
 
 
 def test_a_reminder_of_the_models_length_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
