@@ -110,7 +110,8 @@ class Row:
 
     ``prompt``: what comes before the decoding, ``decode``: the rest. Both by the way's own clock where it
     has one; else a call of the fewest tokens is the prompt, and the fastest of these is taken off calls.
-    ``facts``: what the way tells about its last call, ``first_facts``: about its first, which may compile.
+    ``facts``: what the way tells about the call of the median decoding, ``first_facts``: about its first,
+    which may compile.
     """
 
     name: str
@@ -168,6 +169,8 @@ def measure(
         timed.append(_timed(call, new_tokens))
     prompt, decode = _parted(way, call, timed)
     last = timed[-1][0]
+    by_decoding = sorted(range(len(timed)), key=decode.__getitem__)
+    typical = timed[by_decoding[(len(timed) - 1) // 2]][0]
     length = last.tokens.shape[1]
     return Row(
         name=way.name,
@@ -178,7 +181,7 @@ def measure(
         call=Sample(tuple(taken for _, taken in timed)),
         decode=Sample(tuple(decode)),
         decoded=last.tokens.shape[0] * (length - way.shortest),
-        facts=last.facts,
+        facts=typical.facts,
         first_facts=warmed[0].facts if warmed else {},
         peak_bytes=torch.cuda.max_memory_allocated() if device == "cuda" else None,
     )

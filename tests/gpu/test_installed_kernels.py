@@ -1,4 +1,4 @@
-"""The real fla, where it is installed: what transformers takes from it must not end up in a captured graph."""
+"""The real fla, where it is installed: what transformers takes from it is in no captured graph."""
 
 from __future__ import annotations
 
