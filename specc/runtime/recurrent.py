@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from specc import leaves
+from specc.errors import PoolError
 from specc.lowerings import (
     Op,
     conv_inputs,
@@ -215,7 +216,12 @@ class RecurrentView:
 
     def inputs(self, x: Tensor) -> Tensor:
         """The inputs [B, C, q] of a convolution behind those before it: [B, C, width - 1 + q]."""
-        layer = self._layer
+        layer, room = self._layer, self._pools.plan.ahead
+        if not self._pools.reading and x.shape[-1] > room:
+            raise PoolError(
+                f"a block of {x.shape[-1]} tokens, where recurrent layers have room for {room}: "
+                f"longer blocks need pools of their own"
+            )
         inputs = conv_inputs(x, layer.conv, self._seq_lens, None, layer.shape.conv.width)
         if self._pools.reading and not torch.compiler.is_compiling():
             at = self._seq_lens[:, None] + torch.arange(x.shape[-1], device=x.device)

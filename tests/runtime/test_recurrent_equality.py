@@ -9,8 +9,10 @@ import pytest
 import torch
 
 import specc
-from specc.errors import SpeccError
-from specc.runtime.recurrent import RecurrentLayer
+from specc.errors import PoolError, SpeccError
+from specc.runtime.batch import Batch
+from specc.runtime.model import VERIFY, BoundModel
+from specc.runtime.recurrent import RecurrentLayer, RecurrentPlan
 from tests.recurrent import FAMILIES, RELATIVES, build, feed, prompt, states, static_cache, tiny
 
 NEW_TOKENS = 64
@@ -209,3 +211,23 @@ def test_without_its_pass_a_recurrence_is_an_error_and_no_wrong_tokens(fresh_com
     left_out = {"disable_passes": ["state_commit"], "inductor": False}
     with pytest.raises(SpeccError, match="state_commit"):
         speculate("qwen3_5", 2, "ngram", "replay", "captured", options=left_out)
+
+
+@pytest.mark.parametrize("family", ["qwen3_5", "mamba2", "lfm2"])
+def test_a_block_longer_than_the_pools_are_for_is_refused(family: str) -> None:
+    given = inputs(1)
+    batch = Batch.of(given["input_ids"], given["attention_mask"], 1)
+    model = BoundModel(
+        tiny(family),
+        VERIFY,
+        rows=batch.rows(20, idle_beyond=0),
+        q_len=4,
+        last_position=40,
+        options=specc.Options(),
+        compiled=False,
+        plan=RecurrentPlan(ahead=3),
+    )
+    with torch.no_grad():
+        model.prefill(batch.prompts, batch.lens)
+        with pytest.raises(PoolError, match="a block of 4 tokens, where recurrent layers have room for 3"):
+            model(torch.ones(1, 4, dtype=torch.int64))
