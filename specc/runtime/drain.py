@@ -144,9 +144,9 @@ class _Stops:
         known = [each for each in criteria if type(each) in _STOPS_NEVER_BEFORE]
         self._there = [each for each in criteria if type(each) not in _STOPS_NEVER_BEFORE]
         self._here = [_on_the_host(each) for each in known]
-        # All others have an answer for any token.
         self._eos = {token for each in self._here for token in _eos_ids(each)}
         lengths = [_STOPS_NEVER_BEFORE[type(each)](each) for each in known]
+        # What nobody knows may stop at any token.
         self._from = 0 if self._there else min(lengths, default=math.inf)
 
     def may_stop(self, tokens: list[int], length: int) -> bool:

@@ -19,7 +19,7 @@ def write_report(state: DecodeState, choice: Tensor, num_correct: Tensor, commit
 
 @dataclasses.dataclass(frozen=True)
 class StepReport:
-    """A report on the host. Of each row: drafts that were right, tokens committed, D tokens.
+    """A report on the host. num_correct, committed: one of each row; tokens: D of each row.
 
     Of ``tokens`` the first ``committed`` count. A row that was done before the step commits none.
     """
