@@ -11,8 +11,10 @@ import torch
 import specc
 from specc.errors import PoolError, SpeccError
 from specc.runtime.batch import Batch
+from specc.runtime.drafters.assistant import AssistantDrafter
 from specc.runtime.model import VERIFY, BoundModel
 from specc.runtime.recurrent import RecurrentLayer, RecurrentPlan
+from specc.runtime.reports import StepReport, Tally
 from tests.recurrent import FAMILIES, RELATIVES, build, feed, prompt, states, static_cache, tiny
 
 NEW_TOKENS = 64
@@ -120,10 +122,36 @@ def test_captured_tokens_equal_plain_decoding_at_every_size(
 @pytest.mark.parametrize("lowering", LOWERINGS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_model_drafting_for_itself_is_always_right(family: str, lowering: str) -> None:
-    """The assistant's own state rolls back, or its drafts would go wrong after a rejection."""
     output = speculate(family, 4, "itself", lowering, num_draft_tokens=4, max_new_tokens=1 + 4 * 12)
     assert output.speculation.acceptance == [1.0, 1.0, 1.0]
     assert torch.equal(output.sequences, plain(family, 4, 1 + 4 * 12))
+
+
+@pytest.mark.parametrize("lowering", LOWERINGS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_assistant_forgets_rejected_drafts(
+    family: str, lowering: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One draft of a block is spoilt on its way to the target: all before it, and none else, are right."""
+    propose, count = AssistantDrafter.propose, Tally.count
+    spoilt: list[int] = []
+    found: list[list[int]] = []
+
+    def spoiling(self: AssistantDrafter, state: Any) -> torch.Tensor:
+        drafts = propose(self, state)
+        spoilt.append([1, 0, 3, 2, 0, 0, 1][len(spoilt) % 7])
+        drafts[:, spoilt[-1] : spoilt[-1] + 1] ^= 1
+        return drafts
+
+    def counting(self: Tally, report: StepReport) -> None:
+        found.append(report.num_correct)
+        count(self, report)
+
+    monkeypatch.setattr(AssistantDrafter, "propose", spoiling)
+    monkeypatch.setattr(Tally, "count", counting)
+    output = speculate(family, 4, "itself", lowering, num_draft_tokens=4)
+    assert torch.equal(output.sequences, plain(family, 4))
+    assert found[:-1] == [[right] * 4 for right in spoilt[:-1]]
 
 
 @pytest.mark.parametrize("lowering", LOWERINGS)
