@@ -234,9 +234,10 @@ def test_two_models_take_turns(fresh_compiler: None) -> None:
             assert torch.equal(speculate(model, given, "ngram").sequences, tokens)
 
 
+@pytest.mark.parametrize("streams", ["default", "own"])
 @pytest.mark.parametrize("shared", [True, False])
-def test_two_threads(shared: bool, fresh_compiler: None) -> None:
-    """Each on the default stream, on one model or on two."""
+def test_two_threads(shared: bool, streams: str, fresh_compiler: None) -> None:
+    """On one model or on two."""
     first = on_cuda(tiny("llama"))
     models = [first, first if shared else on_cuda(tiny("gemma3"))]
     given = [inputs(1), inputs(3)]
@@ -245,8 +246,14 @@ def test_two_threads(shared: bool, fresh_compiler: None) -> None:
         for model, each in zip(models, given, strict=True)
     ]
 
+    torch.cuda.synchronize()
+
     def work(index: int) -> list[Any]:
-        return [speculate(models[index], given[index], "ngram").sequences for _ in range(5)]
+        stream = torch.cuda.Stream() if streams == "own" else torch.cuda.default_stream()
+        with torch.cuda.stream(stream):
+            found = [speculate(models[index], given[index], "ngram").sequences for _ in range(5)]
+        stream.synchronize()
+        return found
 
     with ThreadPoolExecutor(2) as pool:
         for results, tokens in zip(pool.map(work, range(2)), expected, strict=True):
