@@ -8,7 +8,9 @@ from typing import Any
 import torch
 
 from specc.lowerings import REGISTRY, unified_attention
+from specc.lowerings.triton_kernels import gated_delta_gluon
 from tests.attention_cases import Case, build
+from tests.lowerings.gated_delta_calls import SHORT, Row, make_batch, make_block
 
 BF16 = torch.bfloat16
 ATTENTION = (
@@ -36,6 +38,17 @@ def calls(name: str, sample: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
             yield one_token(call)
 
 
+def replay_in_accumulators() -> None:
+    """What the operator chooses for more rows than it takes to find a bad access."""
+    rows = [Row(7, 20), Row(padding=True), Row(0, 16, 5), Row(padding=True)]
+    there = make_batch(SHORT, rows, [4, 1, 0, 2]).to("cuda")
+    lens = there.pool.base, there.seq_lens, there.final_lens, there.slots
+    for tokens in (3, 8):
+        block = make_block(SHORT, len(rows), tokens, "cuda")
+        rings = there.pool.tensors()[1:]
+        gated_delta_gluon.replay(block, there.pool.state, rings, lens, SHORT.scale, True, SHORT.flush_every)
+
+
 def main() -> None:
     for case in ATTENTION:
         unified_attention(*build(case, "cuda"))
@@ -44,6 +57,7 @@ def main() -> None:
             for provider in op.providers:
                 if provider.name == "triton" and provider.supports(*call) is None:
                     provider.run(*call)
+    replay_in_accumulators()
     torch.cuda.synchronize()
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
+from triton.experimental.gluon._runtime import GluonASTSource
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,8 +42,9 @@ def compile_kernel(
     below_2gib: Sequence[str] = (),
     **options: Any,
 ) -> CompiledKernel:
-    """Compile a ``triton.jit`` function. ``types``: "*bf16", "i32", ... of the run-time arguments.
+    """Compile a function of Triton's or of Gluon's ``jit``.
 
+    ``types``: "*bf16", "i32", ... of the run-time arguments;
     ``aligned``: arguments divisible by 16; ``below_2gib``: tensors that HIP may reach with 32-bit offsets.
     A launch finds out both by itself, so test with and without. ``options``: num_warps, num_stages, ...
     """
@@ -52,8 +54,10 @@ def compile_kernel(
     attributes = {at[name]: [[fact, n] for fact, n, names in facts if name in names] for name in at}
     signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
     constexprs = {at[name]: value for name, value in constants.items()}
-    source = ASTSource(kernel, signature, constexprs, attributes)
-    return triton.compile(source, target=ARCHS[arch].target, options=options)
+    source = GluonASTSource if kernel.is_gluon() else ASTSource
+    return triton.compile(
+        source(kernel, signature, constexprs, attributes), target=ARCHS[arch].target, options=options
+    )
 
 
 def assert_fits(compiled: CompiledKernel, arch: str, stack: int = 0) -> None:

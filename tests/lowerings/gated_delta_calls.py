@@ -288,6 +288,27 @@ def calls(draw: st.DrawFn) -> Call:
     return Call(shape, tuple(rows), tuple(slots), count, draw(st.integers(0, 2**32 - 1)))
 
 
+# What the kernel written in Gluon takes.
+SHORT = Shape(key_heads=1, key_dim=128, value_dim=128, dtype=torch.bfloat16, flush_every=16, ring_size=31)
+
+
+@st.composite
+def short_calls(draw: st.DrawFn) -> Call:
+    """Batches with a block of 2 to 8 tokens, of shapes like SHORT."""
+    count = draw(st.integers(2, 8))
+    shape = dataclasses.replace(
+        SHORT,
+        key_heads=draw(st.integers(1, 2)),
+        group=draw(st.integers(1, 3)),
+        value_dim=draw(st.sampled_from([128, 128, 256])),
+        l2norm=draw(st.booleans()),
+        ring_size=draw(st.sampled_from([15 + 2 * count, 31 + count])),
+    )
+    rows = draw(rows_of(shape, count))
+    slots = draw(st.permutations(range(shape.pool_rows)))[: len(rows)]
+    return Call(shape, tuple(rows), tuple(slots), count, draw(st.integers(0, 2**32 - 1)))
+
+
 class Rounds:
     """Rows whose blocks are verified and partly accepted, round after round, as a runtime does it."""
 

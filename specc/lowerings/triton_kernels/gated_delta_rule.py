@@ -7,6 +7,7 @@ recurrence mixes keys' dimensions only. Offsets into pools are of 64 bits and st
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 import triton
@@ -289,10 +290,24 @@ def replay(
     scale: float, l2norm: bool, flush_every: int, exact: bool,
 ) -> Tensor:  # fmt: skip
     """``specc::gated_delta_rule_replay``. lens: base, seq_lens, final_lens, slots."""
+    form = replay_form(block, state, rings, flush_every, exact)
+    return form.replay(block, state, rings, lens, scale, l2norm, flush_every)
+
+
+def replay_form(
+    block: tuple[Tensor, ...], state: Tensor, rings: tuple[Tensor, ...], flush_every: int, exact: bool
+) -> Any:
+    """The module that has the kernels for these."""
     from specc.lowerings.triton_kernels import gated_delta_exact, gated_delta_fast, gated_delta_one
 
     k, ring_size = block[1], rings[0].shape[1]
     if exact or not gated_delta_fast.fits(ring_size):
-        return gated_delta_exact.replay(block, state, rings, lens, scale, l2norm, flush_every)
-    form = gated_delta_one if k.shape[1] == 1 and gated_delta_one.fits(k, ring_size) else gated_delta_fast
-    return form.replay(block, state, rings, lens, scale, l2norm, flush_every)
+        return gated_delta_exact
+    if k.shape[1] == 1 and gated_delta_one.fits(k, ring_size):
+        return gated_delta_one
+    if gated_delta_fast.rows_fill_the_device(block):
+        from specc.lowerings.triton_kernels import gated_delta_gluon
+
+        if gated_delta_gluon.fits(block, state, rings, flush_every):
+            return gated_delta_gluon
+    return gated_delta_fast
