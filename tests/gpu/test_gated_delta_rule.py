@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -55,13 +56,12 @@ def test_the_kernel_is_chosen_and_is_an_operator(name: str) -> None:
     torch.library.opcheck(REGISTRY[name].overload, call)
 
 
-def replay_in_accumulators(*args: Any) -> Tensor:
-    """``replay`` by the kernels for many rows, whatever their number."""
+def replay_in_accumulators(*args: Any, tiles: gated_delta_gluon.Tiles | None = None) -> Tensor:
+    """``replay`` by the kernel for many rows, whatever their number."""
     block, state, rings, lens, (scale, l2norm, flush_every, _) = (
         args[:5], args[5], args[6:9], args[9:13], args[13:]
     )  # fmt: skip
-    assert gated_delta_gluon.fits(block, state, rings, flush_every)
-    return gated_delta_gluon.replay(block, state, rings, lens, scale, l2norm, flush_every)
+    return gated_delta_gluon.replay(block, state, rings, lens, scale, l2norm, flush_every, tiles)
 
 
 def assert_replays(batch: Batch, block: tuple[Tensor, ...], exact: bool, form: Any = replay) -> None:
@@ -116,10 +116,11 @@ def test_tiles_for_few_rows_and_for_many(pending: tuple[int, int], exact: bool) 
     assert not exact or torch.equal(*found)
 
 
-@settings(max_examples=40, deadline=None)
+@pytest.mark.parametrize("tiles", gated_delta_gluon.TILES.values())
+@settings(max_examples=30, deadline=None)
 @given(call=short_calls())
-def test_replay_in_accumulators_is_the_recurrence(call: Call) -> None:
-    assert_replays(*call.make(), exact=False, form=replay_in_accumulators)
+def test_replay_in_accumulators_is_the_recurrence(call: Call, tiles: gated_delta_gluon.Tiles) -> None:
+    assert_replays(*call.make(), exact=False, form=functools.partial(replay_in_accumulators, tiles=tiles))
 
 
 def test_many_rows_are_replayed_in_accumulators() -> None:
@@ -152,9 +153,9 @@ def test_what_accumulators_cannot_hold_goes_elsewhere() -> None:
         block = make_block(shape, rows, tokens, "cuda")
         return replay_form(block, state, tuple(rings), shape.flush_every, exact=False)
 
-    assert form() is form(ring_size=39) is gated_delta_gluon
+    assert form() is form(rows=16) is form(ring_size=39) is gated_delta_gluon
     others = [
-        {"rows": 8}, {"ring_size": 40}, {"tokens": 9, "ring_size": 40}, {"flush_every": 1}, {"shift": 1},
+        {"rows": 15}, {"ring_size": 40}, {"tokens": 9, "ring_size": 40}, {"flush_every": 1}, {"shift": 1},
         {"key_dim": 64}, {"value_dim": 64}, {"dtype": torch.float16}, {"pool_dtype": torch.bfloat16},
     ]  # fmt: skip
     for each in others:

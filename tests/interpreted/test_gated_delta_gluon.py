@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import pytest
 import torch
 from hypothesis import given, settings
 from torch import Tensor
@@ -27,21 +28,31 @@ gluon.know_constants()
 kernels = gluon.interpreted("gated_delta_gluon")
 
 
-def replay(batch: Batch, block: tuple[Tensor, ...]) -> Tensor:
+def replay(batch: Batch, block: tuple[Tensor, ...], many: bool = False) -> Tensor:
     lens = batch.pool.base, batch.seq_lens, batch.final_lens, batch.slots
     shape = batch.shape
     rings = batch.pool.tensors()[1:]
-    return kernels.replay(block, batch.pool.state, rings, lens, shape.scale, shape.l2norm, shape.flush_every)
+    return kernels.replay(
+        block,
+        batch.pool.state,
+        rings,
+        lens,
+        shape.scale,
+        shape.l2norm,
+        shape.flush_every,
+        kernels.TILES[many],
+    )
 
 
-@settings(max_examples=20, deadline=None)
+@pytest.mark.parametrize("many", [False, True])
+@settings(max_examples=15, deadline=None)
 @given(call=short_calls())
-def test_replay(call: Call) -> None:
+def test_replay(call: Call, many: bool) -> None:
     batch, (q, k, v, g, beta) = call.make()
     # Not rounded to bfloat16, all bits of an output show.
     block = (q, k, v.float(), g, beta)
     expected, pool = expected_replay(batch, block)
-    assert_close(replay(batch, block), expected, 3e-5)
+    assert_close(replay(batch, block, many), expected, 3e-5)
     assert_pool(batch.pool, pool, batch.shape, exact=False)
 
 

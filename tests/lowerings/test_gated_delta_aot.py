@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from specc.lowerings.triton_kernels import obstacle
+from specc.lowerings.triton_kernels import gluon_obstacle, obstacle
 
 pytestmark = pytest.mark.skipif(obstacle() is not None, reason=str(obstacle()))
 
@@ -111,17 +111,18 @@ def test_the_fast_replay(arch: str, tokens: int, dtype: str, pool: str, dim: int
         assert_fits(let_scalars_pass(compiled), arch, stack=24)
 
 
+@pytest.mark.skipif(gluon_obstacle() is not None, reason=str(gluon_obstacle()))
 @pytest.mark.parametrize("tokens", [3, 8])
 def test_the_replay_in_accumulators(tokens: int) -> None:
     from specc.lowerings.triton_kernels import gated_delta_gluon
     from tests.lowerings.aot import assert_fits
 
-    tiles = gated_delta_gluon.TILES
-    constants = {**without("BLOCK_K"), **STRIDES_WITHIN, "RING": 15 + 2 * tokens, "FLUSH_EVERY": 16}
-    constants |= {"COLUMNS": tiles.columns, "WARPS": tiles.num_warps, "CHUNK": tiles.keys}
-    constants |= {"STAGES": tiles.num_stages, **({"slots": None} if tokens == 8 else {})}
-    kernel, options = gated_delta_gluon._replay, {"num_warps": tiles.num_warps, "ranged": False}
-    assert_fits(compile_for(kernel, "sm_90", constants, "bf16", "fp32", **options), "sm_90")
+    for tiles in gated_delta_gluon.TILES.values():
+        constants = {**without("BLOCK_K"), **STRIDES_WITHIN, "RING": 15 + 2 * tokens, "FLUSH_EVERY": 16}
+        constants |= {"COLUMNS": tiles.columns, "WARPS": tiles.num_warps, "CHUNK": tiles.keys}
+        constants |= {"STAGES": tiles.num_stages, **({"slots": None} if tokens == 8 else {})}
+        kernel, options = gated_delta_gluon._replay, {"num_warps": tiles.num_warps, "ranged": False}
+        assert_fits(compile_for(kernel, "sm_90", constants, "bf16", "fp32", **options), "sm_90")
 
 
 @pytest.mark.parametrize(

@@ -13,12 +13,27 @@ from specc.lowerings.framework import Reason
 
 # What kernels read lengths, slots and pages from.
 INDICES = (torch.int32, torch.int64)
+# First and last version of Triton whose Gluon compiles what is here.
+GLUON = (3, 6), (3, 9)
 
 
 @functools.cache
 def obstacle() -> Reason:
     """Why Triton kernels cannot run in this process, or None."""
     return None if importlib.util.find_spec("triton") else "the triton package is not installed"
+
+
+@functools.cache
+def gluon_obstacle() -> Reason:
+    """Why what is written in Gluon for Nvidia's units cannot run in this process, or None."""
+    if torch.version.hip is not None:
+        return "there is no form for AMD's units"
+    if obstacle() is not None:
+        return obstacle()
+    import triton
+
+    known = GLUON[0] <= tuple(map(int, triton.__version__.split(".")[:2])) <= GLUON[1]
+    return None if known else f"Gluon, being experimental, may differ in Triton {triton.__version__}"
 
 
 def unfit(first: Tensor, *others: Tensor | None) -> Reason:

@@ -364,16 +364,11 @@ def fits(ring_size: int) -> bool:
     return ring_size <= LONGEST_RING
 
 
-def rows_fill_the_device(block: tuple[Tensor, ...]) -> bool:
-    v = block[2]
-    return v.shape[0] * v.shape[2] >= 256
-
-
-def tiles_for(block: tuple[Tensor, ...]) -> Tiles:
-    k = block[1]
-    if k.shape[1] > 8 or k.shape[3] > 128 or k.dtype == torch.float32:
+def tiles_for(k: Tensor, heads: int) -> Tiles:
+    rows, tokens, _, key_dim = k.shape
+    if tokens > 8 or key_dim > 128 or k.dtype == torch.float32:
         return WIDE
-    return TILES["cuda" if torch.version.hip is None else "hip", rows_fill_the_device(block)]
+    return TILES["cuda" if torch.version.hip is None else "hip", rows * heads >= 256]
 
 
 def replay(
@@ -385,7 +380,7 @@ def replay(
     ring_k, ring_u, _ = rings
     rows, tokens, heads, dim = v.shape
     out = torch.empty_like(v, memory_format=torch.contiguous_format)
-    tiles = chosen or tiles_for(block)
+    tiles = chosen or tiles_for(k, heads)
     key_dim, ring_size = k.shape[3], ring_k.shape[1]
     block_k, block_v = columns(key_dim, 256), columns(dim, tiles.columns)
     lens = tuple(None if x is None else x.contiguous() for x in lens)

@@ -32,11 +32,13 @@ from specc.lowerings.triton_kernels.gluon_accumulators import (
     wide_first,
     wide_second,
 )
-from specc.lowerings.triton_kernels.gluon_names import async_load, barrier, known, reinterpret
+from specc.lowerings.triton_kernels.gluon_names import async_load, barrier, reinterpret
 
 # Tokens of a block that tiles have room for, and records: two tiles of 16, of which one may be folded.
 TOKENS, RECORDS, FLUSH_EVERY = 8, 32, 16
 KEY_DIM = 128
+# Rows times heads for which this is the faster form.
+FEWEST = 64
 # What 32 bits reach.
 FAR = 2**31
 
@@ -365,24 +367,27 @@ class Tiles:
     num_stages: int
 
 
-TILES = Tiles(128, 16, 2, 2)
+# By whether there are programs for all of the device.
+TILES = {False: Tiles(64, 16, 2, 2), True: Tiles(128, 16, 2, 2)}
 
 
 @functools.cache
-def _has_what_it_takes(index: int) -> bool:
+def _has_units(index: int) -> bool:
     """Products of bfloat16 and of tf32, and asynchronous copies."""
-    return known() and torch.cuda.get_device_capability(index) >= (8, 0)
+    return torch.cuda.get_device_capability(index) >= (8, 0)
 
 
 def fits(block: tuple[Tensor, ...], state: Tensor, rings: tuple[Tensor, ...], flush_every: int) -> bool:
     """Whether ``replay`` takes these."""
     k, v = block[1:3]
-    tokens, ring_size = v.shape[1], rings[0].shape[1]
+    rows, tokens, heads, dim = v.shape
+    ring_size = rings[0].shape[1]
     return (
-        (k.is_cuda and torch.version.hip is None and _has_what_it_takes(k.device.index))
+        rows * heads >= FEWEST
+        and (k.is_cuda and _has_units(k.device.index))
         and (k.dtype == torch.bfloat16 and state.dtype == torch.float32)
         and (tokens <= TOKENS and ring_size - tokens < RECORDS and flush_every == FLUSH_EVERY)
-        and (k.shape[3] == KEY_DIM and v.shape[3] % TILES.columns == 0)
+        and (k.shape[3] == KEY_DIM and dim % max(tiles.columns for tiles in TILES.values()) == 0)
         and (state.data_ptr() % 16 == 0 and not any(stride % 16 for stride in state.stride()[:3]))
         and all(_is_near(each) for each in (*block, state, *rings))
     )
@@ -395,12 +400,13 @@ def _is_near(x: Tensor) -> bool:
 
 def replay(
     block: tuple[Tensor, ...], state: Tensor, rings: tuple[Tensor, ...], lens: tuple[Tensor | None, ...],
-    scale: float, l2norm: bool, flush_every: int, tiles: Tiles = TILES,
+    scale: float, l2norm: bool, flush_every: int, chosen: Tiles | None = None,
 ) -> Tensor:  # fmt: skip
     """``specc::gated_delta_rule_replay``, not exact. lens: base, seq_lens, final_lens, slots."""
     k, v = block[1:3]
     rows, tokens, heads, dim = v.shape
     out = torch.empty_like(v, memory_format=torch.contiguous_format)
+    tiles = chosen or TILES[rows * heads >= 128]
     lens = tuple(None if x is None else x.contiguous() for x in lens)
     _replay[(dim // tiles.columns, heads, rows)](
         *block, state, *rings, *lens, out, scale, tokens, KEY_DIM // tiles.keys, -8192, heads,

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from specc.lowerings.triton_kernels import gluon_obstacle
+
 # Records of a ring that a fold takes at a time.
 RECORDS = 32
 
@@ -305,7 +307,7 @@ def replay_form(
         return gated_delta_exact
     if k.shape[1] == 1 and gated_delta_one.fits(k, ring_size):
         return gated_delta_one
-    if gated_delta_fast.rows_fill_the_device(block):
+    if gluon_obstacle() is None:
         from specc.lowerings.triton_kernels import gated_delta_gluon
 
         if gated_delta_gluon.fits(block, state, rings, flush_every):

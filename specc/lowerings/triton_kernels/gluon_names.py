@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
-# First and last version whose Gluon is known to compile what is here.
-VERSIONS = (3, 6), (3, 9)
 NEW = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
 
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
@@ -22,7 +19,3 @@ def reinterpret(shared, SHAPE: gl.constexpr):
         return shared.reinterpret(shared.dtype, SHAPE, shared.layout)
     else:  # noqa: RET505
         return shared._reinterpret(shared.dtype, SHAPE, shared.layout)
-
-
-def known() -> bool:
-    return VERSIONS[0] <= tuple(map(int, triton.__version__.split(".")[:2])) <= VERSIONS[1]
