@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -39,14 +40,14 @@ def calls(name: str, sample: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
 
 
 def replay_in_accumulators() -> None:
-    """What the operator chooses for more rows than it takes to find a bad access."""
+    """By all tiles, some of which the operator chooses for more rows than it takes to find a bad access."""
     rows = [Row(7, 20), Row(padding=True), Row(0, 16, 5), Row(padding=True)]
     there = make_batch(SHORT, rows, [4, 1, 0, 2]).to("cuda")
+    rings = there.pool.tensors()[1:]
     lens = there.pool.base, there.seq_lens, there.final_lens, there.slots
-    for tokens in (3, 8):
+    for tokens, tiles in itertools.product((3, 8), gated_delta_gluon.TILES.values()):
         block = make_block(SHORT, len(rows), tokens, "cuda")
-        rings = there.pool.tensors()[1:]
-        gated_delta_gluon.replay(block, there.pool.state, rings, lens, SHORT.scale, True, SHORT.flush_every)
+        gated_delta_gluon.replay(block, there.pool.state, rings, lens, SHORT.scale, True, 16, tiles)
 
 
 def main() -> None:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 
@@ -11,11 +16,19 @@ from tests.runtime.test_recurrent_equality import inputs
 pytest.importorskip("fla")
 
 
+def in_use(function: Callable[..., Any]) -> Callable[..., Any]:
+    """What transformers calls where its model names ``function``."""
+    while "implementation" not in function.__code__.co_freevars:
+        function = function.__wrapped__  # type: ignore[attr-defined]
+    found: Callable[..., Any] = inspect.getclosurevars(function).nonlocals["implementation"]
+    return found
+
+
 @pytest.mark.parametrize("family", ["qwen3_5", "qwen3_next"])
 def test_tokens_are_those_without_drafts(family: str, fresh_compiler: None) -> None:
     model = wide(family).cuda()
-    layer = next(each.linear_attn for each in model.model.layers if hasattr(each, "linear_attn"))
-    assert layer.chunk_gated_delta_rule.__module__.startswith("fla"), "fla is not in use: nothing is tested"
+    theirs = in_use(sys.modules[type(model).__module__].torch_chunk_gated_delta_rule)
+    assert theirs.__module__.startswith("fla."), "fla is not in use: nothing is tested"
     given = {name: value.cuda() for name, value in inputs(4).items()}
     plain = speculate(model, given, "ngram", num_draft_tokens=1)
     for draft in ("ngram", noisy(model)):

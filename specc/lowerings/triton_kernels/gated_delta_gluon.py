@@ -1,4 +1,4 @@
-"""The fast replay of ``gated_delta_fast`` where rows are many and blocks short, for Nvidia's GPUs (Gluon).
+"""The fast replay of ``gated_delta_fast`` for short blocks, for Nvidia's GPUs (Gluon).
 
 What limits the form in Triton is not memory, but the way of a state from there to the products: through
 shared memory and its bank conflicts, and through conversions. Here it is transposed, S^T: [V, K], and held as
@@ -37,8 +37,6 @@ from specc.lowerings.triton_kernels.gluon_names import async_load, barrier, rein
 # Tokens of a block that tiles have room for, and records: two tiles of 16, of which one may be folded.
 TOKENS, RECORDS, FLUSH_EVERY = 8, 32, 16
 KEY_DIM = 128
-# Rows times heads for which this is the faster form.
-FEWEST = 64
 # What 32 bits reach.
 FAR = 2**31
 
@@ -367,8 +365,8 @@ class Tiles:
     num_stages: int
 
 
-# By whether there are programs for all of the device.
-TILES = {False: Tiles(64, 16, 2, 2), True: Tiles(128, 16, 2, 2)}
+# By whether programs of 128 columns are enough for the device.
+TILES = {False: Tiles(32, 16, 1, 4), True: Tiles(128, 16, 2, 2)}
 
 
 @functools.cache
@@ -380,11 +378,10 @@ def _has_units(index: int) -> bool:
 def fits(block: tuple[Tensor, ...], state: Tensor, rings: tuple[Tensor, ...], flush_every: int) -> bool:
     """Whether ``replay`` takes these."""
     k, v = block[1:3]
-    rows, tokens, heads, dim = v.shape
+    tokens, dim = v.shape[1], v.shape[3]
     ring_size = rings[0].shape[1]
     return (
-        rows * heads >= FEWEST
-        and (k.is_cuda and _has_units(k.device.index))
+        (k.is_cuda and _has_units(k.device.index))
         and (k.dtype == torch.bfloat16 and state.dtype == torch.float32)
         and (tokens <= TOKENS and ring_size - tokens < RECORDS and flush_every == FLUSH_EVERY)
         and (k.shape[3] == KEY_DIM and dim % max(tiles.columns for tiles in TILES.values()) == 0)
