@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from specc import compat, regions, verify_calls
+from specc import compat, regions, sources, verify_calls
 from specc.errors import OptionError, UnsupportedError
 from specc.fixed_reductions import CONFIG as FIXED
 from specc.fixed_reductions import fixed_reductions
@@ -51,6 +51,7 @@ def compile_graph(
     gm: GraphModule, example_inputs: list[Any], options: Options, mode: str | None
 ) -> Callable[..., Any]:
     """Compile a Dynamo graph. ``example_inputs`` are its placeholders' values, SymInts among them."""
+    sources.remember(gm)
     context = PassContext(options)
     patches = _config_patches(options, mode)
     observers = observers_for(options)
@@ -83,6 +84,7 @@ def _through_inductor(
     def inference(aten_gm: GraphModule, fake_inputs: list[Any]) -> Any:
         nonlocal traced
         traced = True
+        sources.remember(aten_gm)
         _run_level("aten", aten_gm, context, observers)
         with fixed_reductions() if context.options.exact else contextlib.nullcontext():
             return compat.inductor_compile(aten_gm, fake_inputs, patches)

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from specc import compat
+from specc import compat, sources
 from specc.errors import StepCaptureError
 
 log = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ def _captured(program: Callable[[], None], pool: Any) -> torch.cuda.CUDAGraph:
         try:
             program()
         except RuntimeError as error:
-            raise _refusal(error, f"{compat.innermost_line(error)}: ") from error
+            raise _refusal(error, f"{sources.origin(error)}: ") from error
         undo.pop_all()
     try:
         graph.capture_end()

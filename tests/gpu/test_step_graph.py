@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -134,6 +135,73 @@ def test_results_do_not_depend_on_how_steps_are_run(fresh_compiler: None) -> Non
     assert outcome(speculate(model, given, draft, compile=False, **settings))[0] == outcome(first)[0]
 
 
+class Stream:
+    """Tokens as they come, the prompt's first."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+
+    def put(self, tokens: torch.Tensor) -> None:
+        self.tokens += tokens.flatten().tolist()
+
+    def end(self) -> None: ...
+
+
+class Until:
+    """A criterion of the user's: stops at a length, and reads what it is shown on the device."""
+
+    def __init__(self, length: int) -> None:
+        self.length, self.seen = length, 0
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **settings: Any) -> torch.Tensor:
+        self.seen = max(self.seen, int((input_ids >= 0).sum()))
+        return torch.full((len(input_ids),), input_ids.shape[1] >= self.length, device=input_ids.device)
+
+
+@pytest.mark.parametrize("kind", ["ngram", "assistant"])
+def test_streamers_and_criteria_see_what_one_step_at_a_time_shows(kind: str, fresh_compiler: None) -> None:
+    model, given = on_cuda(tiny("llama")), inputs(1)
+    draft = "ngram" if kind == "ngram" else on_cuda(noisy_copy("llama"))
+    length = given["input_ids"].shape[1] + 31
+    expected = model.generate(**given, max_new_tokens=31, do_sample=False)
+    for ahead in (1, 2, 5):
+        stream, until = Stream(), Until(length)
+        output = speculate(model, given, draft, steps_ahead=ahead, streamer=stream, stopping_criteria=[until])
+        assert torch.equal(output.sequences, expected)
+        assert stream.tokens == expected[0].tolist()
+        assert until.seen == length
+
+
+def test_a_pool_that_does_not_fit_while_replays_are_queued(fresh_compiler: None) -> None:
+    """Pages are a batch's own before its first step, so only another batch's can be missing meanwhile."""
+    model, other, given = on_cuda(tiny("llama")), on_cuda(tiny("gemma3")), inputs(1)
+    expected = model.generate(**given, max_new_tokens=NEW_TOKENS, do_sample=False)
+    errors: list[str] = []
+
+    class Greedy(Stream):
+        def put(self, tokens: torch.Tensor) -> None:
+            super().put(tokens)
+            if len(self.tokens) == 30 and not errors:
+                with pytest.raises(specc.SpeccError, match=r"(?i)memory|pages") as caught:
+                    speculate(other, given, "ngram", max_new_tokens=2**36)
+                errors.append(str(caught.value))
+
+    for _ in range(2):
+        speculate(model, given, "ngram")
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    stream = Greedy()
+    output = speculate(model, given, "ngram", steps_ahead=5, streamer=stream)
+    assert errors
+    assert torch.equal(output.sequences, expected)
+    assert stream.tokens == expected[0].tolist()
+    del output
+    gc.collect()
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() <= before
+    assert torch.equal(speculate(model, given, "ngram").sequences, expected)
+
+
 @pytest.fixture
 def no_syncs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Any synchronisation that torch knows of is an error inside the loop; profiles of it are collected."""
@@ -199,16 +267,21 @@ class ReadsBack(torch.nn.Module):
         return reads_back(x)
 
 
-def test_a_step_that_cannot_be_captured_is_refused_by_name(fresh_compiler: None) -> None:
+@pytest.mark.parametrize("options", [CAPTURED, {}])
+def test_a_step_that_cannot_be_captured_is_refused_by_name(
+    options: dict[str, Any], fresh_compiler: None
+) -> None:
+    """By the operator, the line of the model that calls it, and the operator's own line."""
     model, given = on_cuda(tiny("llama")), inputs(1)
     expected = model.generate(**given, max_new_tokens=NEW_TOKENS, do_sample=False)
     model.model.norm = torch.nn.Sequential(model.model.norm, ReadsBack())
-    with pytest.raises(specc.SpeccError, match=r"one device graph: .*x\.abs\(\)\.max\(\) >= 0"):
-        speculate(model, given, "ngram")
-    output = speculate(model, given, "ngram", device_graph="try")
+    who = r"one device graph: specc_tests\.reads_back, called at .*: return reads_back\(x\), in .*"
+    with pytest.raises(specc.SpeccError, match=who + r"x\.abs\(\)\.max\(\) >= 0"):
+        speculate(model, given, "ngram", options=options)
+    output = speculate(model, given, "ngram", options=options, device_graph="try")
     assert output.speculation.graph_nodes is None
     assert torch.equal(output.sequences, expected)
-    other = speculate(on_cuda(tiny("llama")), given, "ngram")
+    other = speculate(on_cuda(tiny("llama")), given, "ngram", options=options)
     assert other.speculation.graph_nodes
     assert torch.equal(other.sequences, expected)
 
