@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specc import compat, leaves
+from specc import leaves
 from specc.errors import InputError, UnsupportedError
 from specc.runtime.masks import MaskPlan
 
@@ -136,18 +136,9 @@ def check_model(model: Any, what: str = "the model") -> None:
 
 def _check_recurrence(model: Any, what: str) -> None:
     """Recurrent layers, if any, are of a family whose state specc can roll back."""
-    families = leaves.modeling_families(model)
-    wrong = sorted(families & set(leaves.WRONG_WHEN_WARM))
-    if wrong:
-        raise UnsupportedError(
-            f"{what} ({type(model).__name__}) cannot verify several tokens at once in transformers: "
-            f"{leaves.WRONG_WHEN_WARM[wrong[0]]}. Use the model's own generate"
-        )
-    if compat.is_stateful(model) and not families & set(leaves.FAMILIES):
-        raise UnsupportedError(
-            f"{what} ({type(model).__name__}) has recurrent layers, whose state specc cannot roll back "
-            f"yet: use the model's own generate"
-        )
+    reason = leaves.why_unverifiable(model)
+    if reason is not None:
+        raise UnsupportedError(f"{what} ({type(model).__name__}) {reason}. Use the model's own generate")
 
 
 def check_draft(draft: Any, model: Any) -> None:

@@ -22,6 +22,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.fx import GraphModule
 
 from specc import compat
 from specc.lowerings import causal_conv1d, gated_delta_rule, ssd
@@ -222,8 +223,33 @@ def family(module_name: str) -> str | None:
 
 def modeling_families(model: torch.nn.Module) -> set[str]:
     """The transformers families that a model's modules belong to."""
-    names = {family(type(module).__module__) for module in model.modules()}
+    return _families(type(module) for module in model.modules())
+
+
+def _families(classes: Iterable[type]) -> set[str]:
+    names = {family(each.__module__) for each in classes}
     return {name for name in names if name is not None}
+
+
+def why_unverifiable(model: torch.nn.Module) -> str | None:
+    """Why a block cannot be verified over this model's recurrent states, or None."""
+    return _why_unverifiable(modeling_families(model), compat.is_stateful(model))
+
+
+def why_graph_unverifiable(gm: GraphModule) -> str | None:
+    """The same of the modules that a Dynamo graph was captured from."""
+    stacks = (node.meta.get("nn_module_stack") or {} for node in gm.graph.nodes)
+    classes = {kind for stack in stacks for _, kind in stack.values() if isinstance(kind, type)}
+    return _why_unverifiable(_families(classes), any(map(compat.is_stateful, classes)))
+
+
+def _why_unverifiable(families: set[str], stateful: bool) -> str | None:
+    wrong = sorted(families & set(WRONG_WHEN_WARM))
+    if wrong:
+        return f"cannot verify several tokens at once in transformers: {WRONG_WHEN_WARM[wrong[0]]}"
+    if stateful and not families & set(FAMILIES):
+        return "has recurrent layers, whose state specc cannot roll back yet"
+    return None
 
 
 def install(families: Iterable[str] = FAMILIES) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from specc import compat, regions, sources, verify_calls
+from specc import compat, leaves, regions, sources, verify_calls
 from specc.errors import OptionError, UnsupportedError
 from specc.fixed_reductions import CONFIG as FIXED
 from specc.fixed_reductions import fixed_reductions
@@ -51,6 +51,7 @@ def compile_graph(
     gm: GraphModule, example_inputs: list[Any], options: Options, mode: str | None
 ) -> Callable[..., Any]:
     """Compile a Dynamo graph. ``example_inputs`` are its placeholders' values, SymInts among them."""
+    _check_verifiable(gm, options)
     sources.remember(gm)
     context = PassContext(options)
     patches = _config_patches(options, mode)
@@ -70,6 +71,14 @@ def compile_graph(
     else:
         compiled = regions.compile_pieces(gm, pieces, compile_one)
     return compiled if records is None else verify_calls.recording(compiled, records)
+
+
+def _check_verifiable(gm: GraphModule, options: Options) -> None:
+    reason = leaves.why_graph_unverifiable(gm) if options.mode == "verify" else None
+    if reason is not None:
+        raise UnsupportedError(
+            f"mode='verify': the model {reason}. Feed it one token at a time, without mode"
+        )
 
 
 def _through_inductor(

@@ -13,10 +13,10 @@ import re
 from collections.abc import Iterator
 from types import TracebackType
 
-from torch._ops import OpOverload, OpOverloadPacket
 from torch.fx import GraphModule, Node
 
 from specc import compat
+from specc.compat import OpOverload, OpOverloadPacket
 from specc.passes.framework import source_line
 
 # (operator, node) of Inductor's graphs, and operators of models, -> their lines, of any graph.

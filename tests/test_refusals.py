@@ -183,7 +183,12 @@ HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size"
 RECURRENT: dict[str, tuple[dict[str, Any], str]] = {
     "Mamba": (SMALL, "starts from a zero state"),
     "FalconMamba": (SMALL, "starts from a zero state"),
-    "Jamba": (SMALL | HEADS | {"use_mamba_kernels": False, "num_experts": 2}, "starts from a zero state"),
+    "Jamba": (
+        SMALL
+        | HEADS
+        | {"use_mamba_kernels": False, "num_experts": 2, "attn_layer_period": 2, "attn_layer_offset": 1},
+        "starts from a zero state",
+    ),
     "RecurrentGemma": (
         SMALL | HEADS | {"num_hidden_layers": 3, "lru_width": 32, "head_dim": 16},
         "ignores the state",
@@ -201,6 +206,17 @@ def test_recurrences_that_cannot_be_verified_are_refused_by_name(name: str) -> N
         specc.generate(model, IDS, **SPECC, **SETTINGS)
     with pytest.raises(UnsupportedError, match=f"the draft model .{name}.*{reason}"):
         specc.generate(tiny("llama"), IDS, **{**SPECC, "draft": model}, **SETTINGS)
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_a_verify_graph_of_them_is_refused_too(name: str, fresh_compiler: None) -> None:
+    """Instead of one that changes their states, or starts from none."""
+    settings, reason = RECURRENT[name]
+    config = getattr(transformers, f"{name}Config")(**settings)
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    verify = torch.compile(model, backend="specc", options={"mode": "verify", "inductor": False})
+    with torch.no_grad(), pytest.raises(Exception, match=f"mode='verify': the model .*{reason}"):
+        verify(IDS)
 
 
 def test_models_that_build_their_own_masks_are_refused() -> None:

@@ -34,8 +34,8 @@ def reference(
 
     q, k, v, g, beta, scale, l2norm: as there; state: [S, HV, K, V]; slots: int [B], the pool row of each
     batch row, negative for none, or None for 0, 1, 2, ... Returns o [B, T, HV, V] in v's dtype and the
-    states behind each token, [B, T, HV, K, V] in the pool's dtype; inside of the block the state stays in
-    float32. Rows of negative slots give 0.
+    states behind each token, [B, T, HV, K, V] in the pool's dtype, to which the state is rounded after each
+    token, so that no bit depends on the block. Rows of negative slots give 0.
     """
     tokens, heads = v.shape[1:3]
     alive = torch.ones(v.shape[0], dtype=torch.bool, device=v.device)
@@ -49,6 +49,7 @@ def reference(
         carried = torch.where(along(live, carried), carried, 0)
         snapshots[:, token] = carried
         o[:, token] = torch.where(live[:, None, None], read(carried, q[:, token]), 0)
+        carried = snapshots[:, token].float()
     return o, snapshots
 
 

@@ -31,8 +31,8 @@ def reference(
     """``specc::ssd`` from ``state[slots[b]]``, which stays as it is.
 
     state: [S, NH, P, N], float32 or bfloat16; slots: int [B] or None for 0, 1, 2, ... Returns y [B, T, NH, P]
-    in x's dtype and snapshots [B, T, NH, P, N] in the pool's: the state after each token, carried in float32
-    within the block. Rows of negative slots give 0.
+    in x's dtype and snapshots [B, T, NH, P, N] in the pool's: the state after each token, rounded to that
+    dtype, so that no bit depends on the block. Rows of negative slots give 0.
     """
     batch, tokens, heads = x.shape[:3]
     alive = torch.ones(batch, dtype=torch.bool, device=x.device)
@@ -46,6 +46,7 @@ def reference(
         carried = advance(carried, a, x[:, token], b[:, token], steps[:, token])
         snapshots[:, token] = carried
         y[:, token] = read(carried, x[:, token], c[:, token], d)
+        carried = snapshots[:, token].float()
     return tuple(each.masked_fill_(~along(live, each), 0) for each in (y, snapshots))  # type: ignore[return-value]
 
 

@@ -82,8 +82,7 @@ class BoundModel:
         self._options = dataclasses.replace(options, mode=None)
         self._compiled = compiled
         count = len(rows.leaders)
-        # One row alone is summed in another way, by products and by Inductor's reductions.
-        self._q_len = max(q_len, 2) if options.exact else q_len
+        self._q_len = fed_length(q_len, options)
         self.blank = torch.zeros(count, self._q_len, dtype=torch.int64, device=device)
         self._forward: Callable[..., Tensor] = role.function
         if compiled:
@@ -161,9 +160,11 @@ class BoundModel:
     def __call__(self, tokens: Tensor) -> Tensor:
         """Run the role's function on a block behind each row's length. tokens: int64 [B, q_len].
 
-        What comes after each token, [B, q_len, V], or after the last one, [B].
+        What comes after each token, [B, q_len, V], or after the last one, [B]. Raises PoolError if recurrent
+        layers have no room for so many.
         """
         missing = self._q_len - tokens.shape[1]
+        self.cache.recurrent.check_room(max(tokens.shape[1], self._q_len))
         if missing == 0:
             return self._forward(*self._arguments(tokens))
         fed = torch.nn.functional.pad(tokens, (0, missing))
@@ -171,6 +172,12 @@ class BoundModel:
 
     def _arguments(self, tokens: Tensor) -> tuple[Any, ...]:
         return self.model, tokens, self.cache, self._masks, self._last_position
+
+
+def fed_length(q_len: int, options: Options) -> int:
+    """Tokens of the blocks that a forward is compiled for, if it is to be given ``q_len``."""
+    # One row alone is summed in another way, by products and by Inductor's reductions.
+    return max(q_len, 2) if options.exact else q_len
 
 
 def _chunks(width: int, chunk: int) -> Iterator[tuple[int, int]]:

@@ -187,6 +187,14 @@ class RecurrentPools:
         self.final_lens.copy_(seq_lens)
         self.reading = False
 
+    def check_room(self, tokens: int) -> None:
+        """Rings are for blocks of so many tokens; a longer one would write over what it needs."""
+        if self.layers and tokens > self.plan.ahead:
+            raise PoolError(
+                f"a block of {tokens} tokens, where recurrent layers have room for {self.plan.ahead}: "
+                f"longer blocks need pools of their own"
+            )
+
     def advance(self) -> None:
         """After all layers of a forward: count what their checkpoints took in at its start."""
         if self._has_checkpoints and not self.reading:
@@ -216,12 +224,7 @@ class RecurrentView:
 
     def inputs(self, x: Tensor) -> Tensor:
         """The inputs [B, C, q] of a convolution behind those before it: [B, C, width - 1 + q]."""
-        layer, room = self._layer, self._pools.plan.ahead
-        if not self._pools.reading and x.shape[-1] > room:
-            raise PoolError(
-                f"a block of {x.shape[-1]} tokens, where recurrent layers have room for {room}: "
-                f"longer blocks need pools of their own"
-            )
+        layer = self._layer
         inputs = conv_inputs(x, layer.conv, self._seq_lens, None, layer.shape.conv.width)
         if self._pools.reading and not torch.compiler.is_compiling():
             at = self._seq_lens[:, None] + torch.arange(x.shape[-1], device=x.device)

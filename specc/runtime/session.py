@@ -36,7 +36,7 @@ from specc.runtime.drafters.assistant import FED, AssistantDrafter
 from specc.runtime.drafters.ngram import NGramDrafter
 from specc.runtime.drain import Drain
 from specc.runtime.masks import MaskPlan
-from specc.runtime.model import DRAFT, PREFILL_CHUNK, VERIFY, BoundModel, Role
+from specc.runtime.model import DRAFT, PREFILL_CHUNK, VERIFY, BoundModel, Role, fed_length
 from specc.runtime.pages import Rows
 from specc.runtime.recurrent import RecurrentPlan
 from specc.runtime.reports import StepReport, Tally, write_report
@@ -391,16 +391,17 @@ def _bind(
         last_position=_last_position(request),
         options=options,
         compiled=request.compiled,
-        plan=_plan(request, options),
+        plan=_plan(request, role, options, q_len),
         chunk=request.prefill_chunk,
         kv_dtype=request.kv_dtype,
     )
 
 
-def _plan(request: Request, options: Options) -> RecurrentPlan:
+def _plan(request: Request, role: Role, options: Options, q_len: int) -> RecurrentPlan:
+    # An assistant feeds one more token than it drafts, block by block.
+    fed = request.num_draft_tokens + 1 if role is DRAFT else fed_length(q_len, options)
     return RecurrentPlan(
-        # An assistant feeds one more token than it drafts.
-        ahead=request.num_draft_tokens + 1,
+        ahead=fed,
         snapshots=options.state_commit == "snapshot",
         exact=bool(options.exact),
         dtype=request.state_dtype,

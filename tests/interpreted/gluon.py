@@ -84,6 +84,11 @@ class Copies:
 
     async_copy_global_to_shared = async_load
 
+    def assert_done(self) -> None:
+        """A program that ends must have waited for all: what it copies to may be another's by then."""
+        assert not self.fresh
+        assert not self.groups
+
     def commit_group(self) -> None:
         self.groups.append(self.fresh)
         self.fresh = []

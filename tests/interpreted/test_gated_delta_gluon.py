@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.interpreted import gluon
@@ -32,25 +33,26 @@ def replay(batch: Batch, block: tuple[Tensor, ...], many: bool = False) -> Tenso
     lens = batch.pool.base, batch.seq_lens, batch.final_lens, batch.slots
     shape = batch.shape
     rings = batch.pool.tensors()[1:]
-    return kernels.replay(
-        block,
-        batch.pool.state,
-        rings,
-        lens,
-        shape.scale,
-        shape.l2norm,
-        shape.flush_every,
-        kernels.TILES[many],
+    tiles = kernels.TILES[many]
+    out = kernels.replay(
+        block, batch.pool.state, rings, lens, shape.scale, shape.l2norm, shape.flush_every, tiles
     )
+    kernels.async_copy.assert_done()
+    return out
 
 
 @pytest.mark.parametrize("many", [False, True])
 @settings(max_examples=15, deadline=None)
-@given(call=short_calls())
-def test_replay(call: Call, many: bool) -> None:
+@given(call=short_calls(), narrow=st.booleans())
+def test_replay(call: Call, narrow: bool, many: bool) -> None:
     batch, (q, k, v, g, beta) = call.make()
     # Not rounded to bfloat16, all bits of an output show.
     block = (q, k, v.float(), g, beta)
+    if narrow:
+        block = (q, k, v.float(), g.half(), beta.bfloat16())
+        batch.slots = batch.slots.long()
+    if bool((batch.seq_lens < 2**31).all()):
+        batch.seq_lens = batch.seq_lens.int()
     expected, pool = expected_replay(batch, block)
     assert_close(replay(batch, block, many), expected, 3e-5)
     assert_pool(batch.pool, pool, batch.shape, exact=False)

@@ -12,7 +12,6 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
-from triton.experimental.gluon._runtime import GluonASTSource
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +25,7 @@ class Arch:
 
 
 ARCHS = {
+    "sm_80": Arch(GPUTarget("cuda", 80, 32), 166912, 190, 80),
     "sm_90": Arch(GPUTarget("cuda", 90, 32), 232448, 190, 90),
     "gfx942": Arch(GPUTarget("hip", "gfx942", 64), 65536, 224, 0x4C),
     "gfx950": Arch(GPUTarget("hip", "gfx950", 64), 163840, 224, 0x4F),
@@ -54,10 +54,13 @@ def compile_kernel(
     attributes = {at[name]: [[fact, n] for fact, n, names in facts if name in names] for name in at}
     signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
     constexprs = {at[name]: value for name, value in constants.items()}
-    source = GluonASTSource if kernel.is_gluon() else ASTSource
-    return triton.compile(
-        source(kernel, signature, constexprs, attributes), target=ARCHS[arch].target, options=options
-    )
+    source: Any = ASTSource
+    if kernel.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource
+
+        source = GluonASTSource
+    made = source(kernel, signature, constexprs, attributes)
+    return triton.compile(made, target=ARCHS[arch].target, options=options)
 
 
 def assert_fits(compiled: CompiledKernel, arch: str, stack: int = 0) -> None:

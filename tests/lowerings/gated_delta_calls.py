@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -332,6 +333,28 @@ class Rounds:
 
     def accept(self, counts: Tensor) -> None:
         self.seq_lens += counts
+
+
+def drift(shape: Shape, replay: Any, exact: bool, blocks: Sequence[int], rounds: int) -> float:
+    """The largest error of an output in so many rounds on a CUDA device, against one state in float64."""
+    held = Rounds(shape, 3, "cuda")
+    state = held.pool.state[held.slots.long()].double()
+    worst = torch.zeros((), device="cuda", dtype=torch.float64)
+    for number in range(rounds):
+        tokens = blocks[number // 7 % len(blocks)]
+        q, k, v, g, beta = make_block(shape, 3, tokens, "cuda")
+        block = (q, k, v.float(), g, beta)
+        out = held.verify(block, replay, exact)
+        # Few of a block as a rule, for the sake of time.
+        most = tokens if number % 5 == 0 else min(tokens, 2)
+        counts = torch.randint(0, most + 1, (3,), device="cuda")
+        for t in range(most):
+            ahead, o, _ = step(state, tuple(each[:, t] for each in block), shape)
+            live = (t < counts)[:, None, None]
+            worst = torch.maximum(worst, torch.where(live, (out[:, t] - o).abs(), 0).max())
+            state = torch.where(live[..., None], ahead, state)
+        held.accept(counts)
+    return float(worst)
 
 
 def cut(stream: tuple[Tensor, ...], starts: Tensor, tokens: int, accepted: Tensor) -> tuple[Tensor, ...]:

@@ -142,6 +142,20 @@ def test_replay_snapshots_and_the_plain_rule_agree(flush_every: int) -> None:
         assert_close(committed.pool.state[batch.slots.long()], expected, 1e-5)
 
 
+@pytest.mark.parametrize("pool_dtype", [torch.float32, torch.bfloat16])
+def test_snapshots_do_not_depend_on_blocks(pool_dtype: torch.dtype) -> None:
+    shape = Shape(pool_dtype=pool_dtype)
+    batch, block = make_batch(shape, [Row(), Row(9)], [3, 0]), make_block(shape, 2, 7)
+    out, snapshots = gated_delta_rule_snapshot(*batch.snapshot(block))
+    state = batch.pool.state[batch.slots.long()]
+    for t in range(7):
+        one = tuple(each[:, t : t + 1] for each in block)
+        alone, states = gated_delta_rule_snapshot(*one, state, None, shape.scale, shape.l2norm)
+        assert torch.equal(alone[:, 0], out[:, t])
+        assert torch.equal(states[:, 0], snapshots[:, t])
+        state = states[:, 0]
+
+
 PLANS: dict[str, Callable[[int], tuple[int, list[int]]]] = {
     "one token a round": lambda i: (1, [1, 1]),
     "all accepted": lambda i: (8, [8, 8]),

@@ -198,6 +198,17 @@ def test_dead_rows_give_nothing_and_touch_nothing(by: str) -> None:
     assert all(torch.equal(bits(pool), bits(old)) for pool, old in zip(pools, before, strict=True))
 
 
+def token_by_token(of: Text, block: tuple[Tensor, ...], state: Tensor, y: Tensor, snapshots: Tensor) -> None:
+    """The same bits, whatever the block: states are rounded after each token."""
+    x, dt, a, b, c, *rest = block
+    for t in range(x.shape[1]):
+        one = (*(each[:, t : t + 1] for each in (x, dt)), a, *(each[:, t : t + 1] for each in (b, c)), *rest)
+        alone, states = ssd_snapshot(*one, state, None, *of.options)
+        assert torch.equal(alone[:, 0], y[:, t])
+        assert torch.equal(states[:, 0], snapshots[:, t])
+        state = states[:, 0]
+
+
 @pytest.mark.parametrize("pool", POOLS)
 def test_replay_is_snapshot_is_ssd(pool: torch.dtype) -> None:
     of = text(Shape(), 2, 8)
@@ -208,12 +219,16 @@ def test_replay_is_snapshot_is_ssd(pool: torch.dtype) -> None:
     y, final = ssd(*block, first, *of.options)
     close(ys, y)
     snapshot_y, snapshots = ssd_snapshot(*block, replay.state, replay.slots, *of.options)
-    assert torch.equal(snapshot_y, y)
+    assert torch.equal(snapshot_y[:, 0], y[:, 0])
+    assert torch.equal(snapshot_y, y) or pool == torch.bfloat16
     assert snapshots.dtype == pool
+    token_by_token(of, block, replay.state[replay.slots], snapshot_y, snapshots)
     close(snapshots, oracle(of, first)[1][:, 1:], tolerance(pool))
     fold_ssd(replay.state, of.a, *replay.rings, replay.base, replay.seq, replay.slots, None, None)
     close(replay.state[replay.slots], final, tolerance(pool))
-    assert torch.equal(replay.state[replay.slots], snapshots[:, -1])
+    # Snapshots are rounded after each token, a checkpoint where it moves.
+    assert torch.equal(replay.state[replay.slots], snapshots[:, -1]) or pool == torch.bfloat16
+    close(replay.state[replay.slots], snapshots[:, -1], tolerance(pool))
 
 
 def test_a_snapshot_of_a_dead_row_is_zero() -> None:

@@ -196,11 +196,12 @@ def test_references_are_sensitive(family: str) -> None:
     assert (moved[0] - moved[1]).abs().max() > 1e-3 * moved[0].abs().max()
 
 
+@pytest.mark.parametrize("lowering", LOWERINGS)
 @pytest.mark.parametrize("family", ["olmo_hybrid", "mamba2"])
 def test_bfloat16_states_round_at_the_same_tokens_whatever_the_blocks(
-    family: str, monkeypatch: pytest.MonkeyPatch
+    family: str, lowering: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rounding happens where checkpoints move, which depends on positions alone."""
+    """Rounding happens where checkpoints move, which depends on positions alone, or after each token."""
     kept: list[Any] = []
     spread = RecurrentLayer.spread
     monkeypatch.setattr(
@@ -208,7 +209,7 @@ def test_bfloat16_states_round_at_the_same_tokens_whatever_the_blocks(
     )
     runs = [
         speculate(
-            family, 4, kind, "replay", num_draft_tokens=count, state_dtype="bf16", max_new_tokens=150
+            family, 4, kind, lowering, num_draft_tokens=count, state_dtype="bf16", max_new_tokens=150
         ).sequences
         for kind, count in (("ngram", 1), ("ngram", 3), ("assistant", 4), ("assistant", 8))
     ]

@@ -2,8 +2,8 @@
 
 What limits the form in Triton is not memory, but the way of a state from there to the products: through
 shared memory and its bank conflicts, and through conversions. Here it is transposed, S^T: [V, K], and held as
-the accumulators of products (``gluon_accumulators``). A thread copies just what it will hold, so that copies
-need no barriers; a product takes it as its first operand, and a fold adds to it where it is.
+the accumulators of products (``gluon_accumulators``). A thread copies just what it will hold; a product takes
+it as its first operand, and a fold adds to it where it is.
 
 Sums are transposed as well: [V, 16], columns 0 ... 7 for the block's keys and 8 ... 15 for its queries.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 
 import torch
 from torch import Tensor
@@ -181,8 +182,8 @@ def _replay(
     FLUSH_EVERY: gl.constexpr, COLUMNS: gl.constexpr, WARPS: gl.constexpr, CHUNK: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
-    """``chunks`` is K // CHUNK: a bound that is known is unrolled. ``mask`` is -8192: bits that the assembler
-    knows it would drop, to move registers instead.
+    """``chunks`` is K // CHUNK: a bound that is known is unrolled. ``mask`` is -8192: one that ptxas knows it
+    drops before a product of tf32, and moves registers instead.
     """
     ACC: gl.constexpr = accumulator(WARPS)
     MEMORY: gl.constexpr = in_memory(COLUMNS, CHUNK, WARPS)
@@ -367,6 +368,7 @@ class Tiles:
 
 # By whether programs of 128 columns are enough for the device.
 TILES = {False: Tiles(32, 16, 1, 4), True: Tiles(128, 16, 2, 2)}
+WIDEST = TILES[True].columns
 
 
 @functools.cache
@@ -384,7 +386,7 @@ def fits(block: tuple[Tensor, ...], state: Tensor, rings: tuple[Tensor, ...], fl
         (k.is_cuda and _has_units(k.device.index))
         and (k.dtype == torch.bfloat16 and state.dtype == torch.float32)
         and (tokens <= TOKENS and ring_size - tokens < RECORDS and flush_every == FLUSH_EVERY)
-        and (k.shape[3] == KEY_DIM and dim % max(tiles.columns for tiles in TILES.values()) == 0)
+        and (k.shape[3] == KEY_DIM and dim % WIDEST == 0)
         and (state.data_ptr() % 16 == 0 and not any(stride % 16 for stride in state.stride()[:3]))
         and all(_is_near(each) for each in (*block, state, *rings))
     )
@@ -392,7 +394,7 @@ def fits(block: tuple[Tensor, ...], state: Tensor, rings: tuple[Tensor, ...], fl
 
 def _is_near(x: Tensor) -> bool:
     """Whether 32 bits reach everything within a row."""
-    return all(size * stride < FAR for size, stride in zip(x.shape[1:], x.stride()[1:], strict=True))
+    return all(map(FAR.__gt__, map(operator.mul, x.shape[1:], x.stride()[1:])))
 
 
 def replay(
@@ -403,7 +405,7 @@ def replay(
     k, v = block[1:3]
     rows, tokens, heads, dim = v.shape
     out = torch.empty_like(v, memory_format=torch.contiguous_format)
-    tiles = chosen or TILES[rows * heads >= 128]
+    tiles = chosen or TILES[rows * heads * dim >= 128 * WIDEST]
     lens = tuple(None if x is None else x.contiguous() for x in lens)
     _replay[(dim // tiles.columns, heads, rows)](
         *block, state, *rings, *lens, out, scale, tokens, KEY_DIM // tiles.keys, -8192, heads,

@@ -147,7 +147,9 @@ def _recurrent(
         place_of_head = (row * tokens + token) * heads + head
         tl.store(out + place_of_head * V + lane_v, o.to(out.dtype.element_ty), mask=in_v)
         if EACH:
-            tl.store(states + place_of_head * K * V + cell, s.to(states.dtype.element_ty), mask=inside)
+            kept = s.to(states.dtype.element_ty)
+            tl.store(states + place_of_head * K * V + cell, kept, mask=inside)
+            s = kept.to(tl.float32)
     if not EACH:
         tl.store(states + (row * heads + head) * K * V + cell, s, mask=inside)
 

@@ -9,7 +9,9 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 NEW = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
 
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
-async_load = getattr(async_copy, "async_load", async_copy.async_copy_global_to_shared)
+async_load = (
+    async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
+)
 
 
 @gluon.jit

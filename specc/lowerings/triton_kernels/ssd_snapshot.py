@@ -97,7 +97,9 @@ def _snapshot(
         carried = advance(carried, x_new, b_new, steps, rate)
         out = output(carried, x_new, c_new, d, head)
         tl.store(y + token * y_token, out.to(y.dtype.element_ty), mask=in_p)
-        tl.store(snapshots, carried.to(snapshots.dtype.element_ty), mask=in_state)
+        kept = carried.to(snapshots.dtype.element_ty)
+        tl.store(snapshots, kept, mask=in_state)
+        carried = kept.to(tl.float32)
         snapshots += snapshot_token
 
 
