@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -280,6 +280,16 @@ class PagedCache:
         readers = [unique.index(leader) for leader in rows.leaders]
         self.reader_of_row = torch.tensor(readers, device=everyone.seq_lens.device)
         self.recurrent.start(len(unique))
+
+    def buffers(self) -> Iterator[tuple[str, Tensor]]:
+        """What a captured step reads and writes here, by name."""
+        yield "seq_lens", self._everyone.seq_lens
+        for window, table in self._everyone.req_to_token.items():
+            yield f"req_to_token of window {window}", table
+        for index, layer in self.layers.items():
+            for name, pool in zip(("keys", "values"), layer.pools, strict=True):
+                yield f"layer {index} {name}", pool
+        yield from self.recurrent.buffers()
 
     def block(self, positions: Tensor) -> Block:
         """The cache a model is given for tokens at these positions, int64 [B, q]."""

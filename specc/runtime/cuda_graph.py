@@ -121,7 +121,7 @@ _PLACES: dict[tuple[int, int], _Place] = {}
 
 def _place(current: torch.cuda.Stream) -> _Place:
     """Where to capture what will be replayed on ``current``."""
-    key = current.device_index, current.cuda_stream
+    key = current.device_index, current.stream_id
     if key not in _PLACES:
         _PLACES[key] = _Place()
     return _PLACES[key]
@@ -133,7 +133,7 @@ def release_pools() -> None:
 
 
 def current_queue(device: torch.device) -> int:
-    return torch.cuda.current_stream(device).cuda_stream
+    return torch.cuda.current_stream(device).stream_id
 
 
 _NODE_COUNTERS = {

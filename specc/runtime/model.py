@@ -109,6 +109,11 @@ class BoundModel:
         self._last_position.fill_(last_position)
         self._read = self._reader(rows)
 
+    def buffers(self) -> Iterator[tuple[str, Tensor]]:
+        """What a captured step reads and writes of the pools and beside them, by name."""
+        yield "last_position", self._last_position
+        yield from self.cache.buffers()
+
     def serving(self) -> object:
         """What identifies the code that a block would be fed to now, by torch's guards; None for none."""
         if not isinstance(self._forward, CompiledForward):

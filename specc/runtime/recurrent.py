@@ -11,7 +11,7 @@ Source: ReplaySSM (Dao AI Lab, 2026: cache a state's inputs instead of its versi
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -186,6 +186,17 @@ class RecurrentPools:
         self.base.copy_(seq_lens)
         self.final_lens.copy_(seq_lens)
         self.reading = False
+
+    def buffers(self) -> Iterator[tuple[str, Tensor]]:
+        """What a captured step reads and writes here, by name."""
+        yield "base", self.base
+        yield "final_lens", self.final_lens
+        for index, layer in self.layers.items():
+            parts = {"conv": layer.conv, "state": layer.state, "snapshots": layer.snapshots}
+            parts |= {f"ring {number}": ring for number, ring in enumerate(layer.rings)}
+            for name, tensor in parts.items():
+                if tensor is not None:
+                    yield f"layer {index} {name}", tensor
 
     def check_room(self, tokens: int) -> None:
         """Rings are for blocks of so many tokens; a longer one would write over what it needs."""

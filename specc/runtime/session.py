@@ -366,7 +366,7 @@ class _Loop:
         if name is not None:
             raise SpeccError(
                 f"{name} was moved while its model generates, and the captured step reads it where it was: "
-                f"change weights in place, or between calls"
+                f"change tensors in place, or weights between calls"
             )
 
     def _take(self, stopped: Sequence[bool]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -97,6 +98,11 @@ class DecodeState:
         self.eos.copy_(eos)
         self.held_ids.copy_(held_ids)
         self.held_until.copy_(held_until)
+
+    def buffers(self) -> Iterator[tuple[str, Tensor]]:
+        """What a captured step reads and writes here, by name."""
+        for field in dataclasses.fields(self):
+            yield field.name, getattr(self, field.name)
 
     def last_tokens(self, count: int) -> Tensor:
         """The last ``count`` tokens of each row, int64 [B, count]; rows must be that long."""

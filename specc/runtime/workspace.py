@@ -74,23 +74,30 @@ class Workspace:
     def captured(self, graph: DeviceGraph) -> None:
         self.graph = graph
         self.code = self._serving()
-        self.addresses = dict(self._weights())
+        self.addresses = dict(self._inputs())
 
     def _serving(self) -> tuple[object, ...]:
         return self.target.serving(), self.drafter.serving()
 
     def moved(self) -> str | None:
-        """The name of a model's tensor that is not where the captured step reads it, or None."""
-        now = dict(self._weights())
+        """The name of a tensor that is not where the captured step reads it, or None."""
+        now = dict(self._inputs())
         names = (name for name in {**now, **self.addresses} if now.get(name) != self.addresses.get(name))
         return next(names, None)
 
-    def _weights(self) -> Iterator[tuple[str, int]]:
+    def _inputs(self) -> Iterator[tuple[str, int]]:
+        """Every tensor that the step finds where it is, by a name of its own, and its address."""
         draft = self.draft() if self.draft is not None else None
-        for what, model in (("", self.target.model), ("draft: ", draft)):
-            if model is not None:
-                for name, tensor in compat.tensors_of(model):
-                    yield what + name, tensor.data_ptr()
+        groups = {
+            "": compat.tensors_of(self.target.model),
+            "draft: ": compat.tensors_of(draft) if draft is not None else (),
+            "the batch's ": self.state.buffers(),
+            "the model's ": self.target.buffers(),
+            "the draft model's ": self.drafter.buffers(),
+        }
+        for what, tensors in groups.items():
+            for name, tensor in tensors:
+                yield what + name, tensor.data_ptr()
 
 
 _KEPT: weakref.WeakKeyDictionary[Any, Workspace] = weakref.WeakKeyDictionary()

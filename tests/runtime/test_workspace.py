@@ -19,6 +19,7 @@ import specc
 from specc.runtime import device_graph, session, workspace
 from specc.runtime.batch import bucket_of
 from specc.runtime.cache import PagedCache
+from specc.runtime.workspace import Workspace
 from tests import recurrent
 from tests.families import noisy_copy, tiny
 
@@ -406,6 +407,46 @@ def test_while_debugging_a_weight_that_moves_is_named(caplog: pytest.LogCaptureF
     refused = pytest.raises(specc.SpeccError, match=r"model\.layers\.1\.mlp\.down_proj\.weight was moved")
     with caplog.at_level(logging.DEBUG, "specc.runtime.session"), refused:
         speculate(model, batch(9), streamer=Moves())
+
+
+BUFFERS = {
+    "the batch's text": lambda space: (space.state, "text"),
+    "the model's seq_lens": lambda space: (space.target.cache._everyone, "seq_lens"),
+    "the model's last_position": lambda space: (space.target, "_last_position"),
+    "the draft model's layer 0 ring 1": lambda space: (
+        space.drafter._assistant.cache.recurrent.layers[0].rings, 1
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BUFFERS)
+def test_while_debugging_a_buffer_of_the_step_that_moves_is_named(
+    name: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The batch's, the pools' and those of a recurrent draft model."""
+    spaces: list[Workspace] = []
+    captured = Workspace.captured
+    monkeypatch.setattr(
+        Workspace, "captured", lambda self, graph: (spaces.append(self), captured(self, graph))
+    )
+
+    class Moves:
+        def put(self, value: torch.Tensor) -> None:
+            for space in spaces:
+                owner, place = BUFFERS[name](space)
+                if isinstance(owner, list):
+                    owner[place] = owner[place].clone()
+                else:
+                    setattr(owner, place, getattr(owner, place).clone())
+
+        def end(self) -> None: ...
+
+    model, draft = recurrent.build("qwen3_5"), recurrent.build("qwen3_5")
+    with (
+        caplog.at_level(logging.DEBUG, "specc.runtime.session"),
+        pytest.raises(specc.SpeccError, match=f"^{name} was moved while"),
+    ):
+        speculate(model, batch(9), draft=draft, streamer=Moves())
 
 
 class GraphThatTakesLengths(FrozenGraph):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Protocol
 
 from torch import Tensor
@@ -21,6 +22,9 @@ class Drafter(Protocol):
 
     def seat(self, rows: Rows, last_position: int) -> None:
         """Begin anew with these rows. Every tensor that ``propose`` reads stays where it is."""
+
+    def buffers(self) -> Iterator[tuple[str, Tensor]]:
+        """What ``propose`` and ``observe`` read and write of the drafter's own, by name."""
 
     def serving(self) -> object:
         """What identifies the code that ``propose`` would run now; None for none."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -28,6 +30,9 @@ class AssistantDrafter:
 
     def seat(self, rows: Rows, last_position: int) -> None:
         self._assistant.seat(rows, last_position)
+
+    def buffers(self) -> Iterator[tuple[str, Tensor]]:
+        return self._assistant.buffers()
 
     def serving(self) -> object:
         return self._assistant.serving()

@@ -6,6 +6,8 @@ the device, for all rows at once.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -27,6 +29,9 @@ class NGramDrafter:
 
     def seat(self, rows: Rows, last_position: int) -> None:
         """Nothing is kept."""
+
+    def buffers(self) -> Iterator[tuple[str, Tensor]]:
+        return iter(())
 
     def serving(self) -> object:
         return lookup
