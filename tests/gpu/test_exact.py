@@ -50,9 +50,13 @@ def hybrid() -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rows", [1, 16])
-@pytest.mark.parametrize("build", [dense, hybrid])
-def test_blocks_do_not_change_a_bit(build: Any, rows: int, fresh_compiler: None) -> None:
+@pytest.mark.parametrize(
+    ("build", "rows", "state_dtype"),
+    [(dense, 1, None), (dense, 16, None), (hybrid, 1, None), (hybrid, 16, None), (hybrid, 2, "bf16")],
+)
+def test_blocks_do_not_change_a_bit(
+    build: Any, rows: int, state_dtype: str | None, fresh_compiler: None
+) -> None:
     """A model that drafts for itself is right but for near ties: drafts are not exact."""
     torch.manual_seed(0)
     with torch.device("cuda"):
@@ -69,6 +73,7 @@ def test_blocks_do_not_change_a_bit(build: Any, rows: int, fresh_compiler: None)
             num_draft_tokens=count,
             max_new_tokens=NEW_TOKENS,
             do_sample=False,
+            state_dtype=state_dtype,
             # For one row it is the default.
             options={} if rows == 1 else {"exact": True},
             return_dict_in_generate=True,

@@ -178,30 +178,53 @@ def test_ten_thousand_rounds(exact: bool, name: str) -> None:
     assert drift(shape, replay, exact, blocks, rounds=10_000) < 2e-5
 
 
-@pytest.mark.parametrize("exact", [False, True])
-def test_pools_beyond_32_bits(exact: bool) -> None:
+def spread_out(pool: Any, name: str, stride: int) -> None:
+    """Puts so much between the rows of ``name``, or its entries, that 32 bits do not reach the last."""
+    held = getattr(pool, name)
+    strides = list(held.stride())
+    strides[stride] = 2**30 + 64 if stride == 0 else 2**26
+    if stride:
+        strides[0] = 2048
+    size = sum((n - 1) * s for n, s in zip(held.shape, strides, strict=True)) + 1
+    assert size > 2**31
+    memory = torch.empty(size, device="cuda", dtype=held.dtype)
+    setattr(pool, name, memory.as_strided(held.shape, strides).copy_(held))
+
+
+FAR = dataclasses.replace(
+    LAYER, key_heads=1, key_dim=64, value_dim=64, pool_rows=3, pool_dtype=torch.bfloat16
+)
+PLACES = [("state", 0), ("ring_k", 0), ("ring_u", 0), ("ring_u", 1), ("ring_g", 0)]
+
+
+# One after the other, for each takes up to 13 GB.
+@pytest.mark.parametrize(("exact", "tokens"), [(False, 8), (True, 8), (False, 1)])
+def test_replays_of_pools_beyond_32_bits(exact: bool, tokens: int) -> None:
     """Slot strides, and strides of entries, that 32 bits do not hold."""
-    shape = dataclasses.replace(
-        LAYER, key_heads=1, key_dim=64, value_dim=64, pool_rows=3, pool_dtype=torch.bfloat16
-    )
-    batch, block = make_batch(shape, [Row(3, 20), Row(1, 7)], [2, 1]), make_block(shape, 2, 8)
+    shape = dataclasses.replace(FAR, ring_size=33) if tokens == 1 else FAR
+    batch, block = make_batch(shape, [Row(3, 20), Row(1, 7)], [2, 1]), make_block(shape, 2, tokens)
     expected, pool = expected_replay(batch, block)
-    there = batch.to("cuda")
-    far = 2**30 + 64
-    for name, stride in (("state", 0), ("ring_k", 0), ("ring_u", 1)):
-        held = getattr(there.pool, name)
-        spread = 2**26 if stride else far
-        strides = list(held.stride())
-        strides[stride] = spread
-        if stride:
-            strides[0] = 2048
-        size = sum((n - 1) * s for n, s in zip(held.shape, strides, strict=True)) + 1
-        memory = torch.empty(size, device="cuda", dtype=held.dtype)
-        assert size > 2**31
-        setattr(there.pool, name, memory.as_strided(held.shape, strides).copy_(held))
-    out = replay(*there.replay(tuple(each.cuda() for each in block), exact))
-    assert_close(out, expected, tolerance(shape, exact))
-    assert_pool(there.pool, pool, shape, exact)
+    for place in PLACES:
+        there = batch.to("cuda")
+        spread_out(there.pool, *place)
+        out = replay(*there.replay(tuple(each.cuda() for each in block), exact))
+        assert_close(out, expected, tolerance(shape, exact))
+        assert_pool(there.pool, pool, shape, exact)
+
+
+def test_folds_and_snapshots_of_pools_beyond_32_bits() -> None:
+    batch, block = make_batch(FAR, [Row(3, 20), Row(1, 7)], [2, 1]), make_block(FAR, 2, 4)
+    moved, upto = tuple(each.cuda() for each in block), batch.seq_lens.cuda() - 1
+    near, live = batch.to("cuda"), torch.tensor([1, 2], device="cuda")
+    expected = torch.ops.specc.gated_delta_rule_snapshot.triton(*near.snapshot(moved))
+    torch.ops.specc.fold_gated_delta_rule.triton(*near.fold(upto))
+    for place in PLACES:
+        there = batch.to("cuda")
+        spread_out(there.pool, *place)
+        found = torch.ops.specc.gated_delta_rule_snapshot.triton(*there.snapshot(moved))
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+        torch.ops.specc.fold_gated_delta_rule.triton(*there.fold(upto))
+        assert torch.equal(there.pool.state[live], near.pool.state[live])
 
 
 @settings(max_examples=12, deadline=None)

