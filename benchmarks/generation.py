@@ -43,6 +43,7 @@ from benchmarks.generation_gpt_fast import GptFast
 from benchmarks.generation_runs import HEADER, SPECC, Cell, Result, Run
 from benchmarks.harness import FAILURES
 from specc.bench import Call, Way, by_specc, hf_assisted, hf_lookup, hf_plain
+from specc.runtime import workspace
 
 SHAPES = {"hybrid": "qwen3.5-9b"}
 TINY = {"hybrid": "tiny-hybrid"}
@@ -121,12 +122,18 @@ def kernels(run: Run) -> None:
     run.pair.set_eps(_levels(run)[0])
     prompt, drafts, batch = run.arguments.prompt, run.arguments.drafts[0], (run.arguments.batch or [1])[0]
     cell = _specc(run, run.inputs(batch, prompt), drafts)
-    result = run.measure(cell, batch, prompt)
-    if result is None:
-        return
+    with generation_kernels.captured_products() as launches:
+        result = run.measure(cell, batch, prompt)
+        if result is None:
+            return
+        launches.clear()
+        # Captured anew, which is when launches are taken down.
+        workspace.reset()
+        call = cell.way.prepare()
+        call(run.arguments.new_tokens)
     try:
         found = generation_kernels.per_step(
-            cell.way.prepare(), run.arguments.new_tokens, run.device, result.floor, run.bandwidth
+            call, run.arguments.new_tokens, run.device, result.floor, run.bandwidth, launches
         )
     except FAILURES as error:
         run.failures["profile"] = f"{type(error).__name__}: {error}"

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import plots
+from benchmarks import generation_kernels, plots
 from benchmarks.generation_floor import Floor, Multiplications, Reads, bound_seconds
 from benchmarks.harness import (
     FAILURES,
@@ -55,6 +55,7 @@ class Result:
     bound_ms: float
     same: dict[str, str]
     leading: dict[str, int]
+    calls: dict[str, float]
 
     @property
     def share(self) -> float:
@@ -82,28 +83,34 @@ class Result:
             "share_of_floor": self.share,
             "host_ms_per_step": self.host_ms,
             "leading_equal": self.leading,
+            "runtime_calls": self.calls,
         }
 
     def line(self) -> str:
         row, peak = self.row, self.row.peak_bytes
         host = "" if self.host_ms is None else f"{self.host_ms:.2f}"
-        nodes, capture = row.facts.get("graph_nodes") or "", row.facts.get("capture_seconds")
-        captured = "" if capture is None else f"{capture:.2f}"
+        nodes = row.facts.get("graph_nodes") or ""
+        stops = f"{self.calls['synchronising_per_step']:.1f}" if self.calls else ""
+        compiled, captured = (
+            f"{row.first_facts[name]:.{digits}f}" if name in row.first_facts else ""
+            for name, digits in (("compile_seconds", 1), ("capture_seconds", 2))
+        )
         memory = "" if peak is None else f"{peak / 1e9:.1f}"
         accepted = " ".join(f"{each:.2f}" for each in row.steps.acceptance)
         return (
             f"{row.name:<28}{self.batch:5}{self.context:7}{self.eps:8.4f}{row.rate:9.1f}{row.decode.spread:7.1%}"
             f"{row.ms_per_step:9.3f}{row.steps.mean_accepted_length:8.2f}{self.floor_ms:9.3f}{self.share:6.0%}"
-            f"{self.bound_ms:9.3f}"
-            f"{host:>8}{nodes:>6}{self.same.get('plain', ''):>10}{self.same.get('generate', ''):>10}"
-            f"{row.warm_up:8.1f}{captured:>8}{memory:>7}  {accepted}"
+            f"{self.bound_ms:9.3f}{host:>8}{stops:>6}{nodes:>6}"
+            f"{self.same.get('plain', ''):>10}{self.same.get('generate', ''):>10}"
+            f"{row.warm_up:8.1f}{compiled:>8}{captured:>8}{memory:>7}  {accepted}"
         ).rstrip()
 
 
 HEADER = (
     f"{'':28}{'batch':>5}{'contxt':>7}{'eps':>8}{'tok/s':>9}{'spread':>7}{'ms/step':>9}{'tok/step':>8}"
-    f"{'floor ms':>9}{'of it':>6}{'bound ms':>9}{'host ms':>8}{'nodes':>6}{'= plain':>10}{'= HF':>10}"
-    f"{'warm s':>8}{'capture':>8}{'GB':>7}  accepted per position"
+    f"{'floor ms':>9}{'of it':>6}{'bound ms':>9}{'host ms':>8}{'syncs':>6}{'nodes':>6}"
+    f"{'= plain':>10}{'= HF':>10}"
+    f"{'warm s':>8}{'compile':>8}{'capture':>8}{'GB':>7}  accepted per position"
 )
 
 
@@ -151,6 +158,7 @@ class Run:
             return None
         try:
             row = measure(cell.way, arguments.new_tokens, arguments.repeats, self.over, self.device)
+            calls = self._calls(cell)
         except FAILURES as error:
             self.failures[label] = f"{type(error).__name__}: {str(error)[:400]}"
             print(f"{cell.way.name:<28} failed: {self.failures[label].splitlines()[0][:120]}", flush=True)
@@ -158,14 +166,22 @@ class Run:
             return None
         if expected is not None:
             self._expected[(eps, batch, prompt, expected)] = row.tokens
-        result = self._result(cell, row, eps, batch, prompt)
+        result = self._result(cell, row, eps, batch, prompt, calls)
         self.results.append(result)
         print(result.line(), flush=True)
         self._clean()
         self.save()
         return result
 
-    def _result(self, cell: Cell, row: Row, eps: float, batch: int, prompt: int) -> Result:
+    def _calls(self, cell: Cell) -> dict[str, float]:
+        """The runtime's calls per step, of our own ways on a GPU."""
+        if cell.kind != SPECC or self.device != "cuda":
+            return {}
+        return generation_kernels.calls_per_step(cell.way.prepare(), self.device)
+
+    def _result(
+        self, cell: Cell, row: Row, eps: float, batch: int, prompt: int, calls: dict[str, float]
+    ) -> Result:
         # The text is this long in the middle of the decoding.
         context = prompt + row.tokens.shape[1] // 2
         step = {"batch": batch, "drafts": cell.drafts, "passes": cell.passes}
@@ -186,6 +202,7 @@ class Run:
             1e3 * bound_seconds(floor, work, self.bandwidth, self.product_rate.median),
             {name: same_text(row.tokens, tokens) for name, tokens in known.items()},
             {name: leading_equal(row.tokens, tokens) for name, tokens in known.items()},
+            calls,
         )
 
     def save(self) -> None:

@@ -382,17 +382,22 @@ class Result:
     def _line(self, row: Row) -> str:
         plain = self.rows[0]
         accepted = " ".join(f"{each:.2f}" for each in row.steps.acceptance)
+        compiling = _number(row.first_facts.get("compile_seconds"), 1)
+        host = _number(row.facts.get("host_seconds"), 3, 1e3 / max(row.steps.count, 1))
+        nodes = row.facts.get("graph_nodes") or ""
+        memory = _number(row.peak_bytes, 1, 1e-9)
         return (
             f"{row.name:<{NAME_WIDTH}}{row.rate:9.1f}{row.decode.spread:8.1%}{row.rate / plain.rate:7.2f}"
             f"{row.ms_per_step:9.2f}{row.steps.mean_accepted_length:12.2f}"
             f"{same_text(row.tokens, plain.tokens):>10}{row.prompt.median:10.3f}{row.warm_up:11.1f}"
-            f"  {accepted}"
+            f"{compiling:>11}{host:>9}{nodes:>7}{memory:>7}  {accepted}"
         ).rstrip()
 
 
 HEADER = (
     f"{'':{NAME_WIDTH}}{'tok/s':>9}{'spread':>8}{'ratio':>7}{'ms/step':>9}{'tokens/step':>12}{'same':>10}"
-    f"{'prompt s':>10}{'warm-up s':>11}  accepted per position"
+    f"{'prompt s':>10}{'warm-up s':>11}{'compile s':>11}{'host ms':>9}{'nodes':>7}{'GB':>7}"
+    f"  accepted per position"
 )
 
 
@@ -445,6 +450,11 @@ def _peer(task: Task, num_drafts: int) -> Way:
     return hf_assisted(
         task.model, task.inputs, task.draft, num_drafts, f"generate, assistant of {num_drafts}"
     )
+
+
+def _number(value: float | None, digits: int, scale: float = 1.0) -> str:
+    """For a table; empty where nothing is known."""
+    return "" if value is None else f"{scale * value:.{digits}f}"
 
 
 def _dtype(model: Any) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.generation_floor import Floor
-from benchmarks.generation_kernels import GRAPH_LAUNCH, Profile, between, group_of
+from benchmarks.generation_kernels import GRAPH_LAUNCH, Product, Profile, between, by_weights, group_of
 
 FLOOR = Floor(weights=3000, draft_weights=0, keys_and_values=0, states=0, logits=0)
 
@@ -28,6 +28,30 @@ def test_a_replay_that_found_nothing_to_do_counts(surplus: int) -> None:
 def test_steps_without_a_graph_are_those_that_were_counted() -> None:
     found = between(profiled(10, 10, cudaLaunchKernel=50), profiled(44, 44, cudaLaunchKernel=220), FLOOR, 1e9)
     assert found["launches_per_step"] == found["kernels_per_step"] == 5
+
+
+def test_products_are_told_apart_by_their_order() -> None:
+    """Three steps: a launch of a pair of weights, one of another weight, and one of the next layer's pair."""
+    pair, other = Product((4096, 1024), 4096, 300), Product((4096,), 14336, 100)
+    rows = by_weights([pair, other, pair], [2.0, 1.0, 4.0, 4.0, 1.0, 2.0, 3.0, 1.0, 3.0], 1e8)
+    assert [(each["name"], each["count"]) for each in rows] == [
+        ("_products [4096 + 1024, 4096]", 2),
+        ("_products [4096, 14336]", 1),
+    ]
+    assert [each["microseconds"] for each in rows] == [6.0, 1.0]
+    assert [each["share_of_bandwidth"] for each in rows] == pytest.approx([1.0, 1.0])
+    assert by_weights([pair, other], [2.0, 1.0, 3.0], 1e8) == []
+    assert by_weights([], [2.0], 1e8) == []
+
+
+def test_calls_that_stop_the_host_are_not_waits_for_an_event() -> None:
+    short = profiled(10, 10, cudaEventSynchronize=10, cudaDeviceSynchronize=1, **{GRAPH_LAUNCH: 10})
+    long = profiled(
+        44, 44, cudaEventSynchronize=44, cudaDeviceSynchronize=1, cudaMemcpy=17, **{GRAPH_LAUNCH: 44}
+    )
+    found = between(short, long, FLOOR, 1e9)
+    assert found["event_waits_per_step"] == 1
+    assert found["synchronising_per_step"] == 0.5
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import gc
+import resource
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -286,16 +288,30 @@ def test_a_step_that_cannot_be_captured_is_refused_by_name(
     assert torch.equal(other.sequences, expected)
 
 
-def test_a_thousand_calls_take_no_more_memory_than_ten(fresh_compiler: None) -> None:
-    model, given = on_cuda(tiny("llama")), inputs(2)
-    taken = []
-    expected = model.generate(**given, max_new_tokens=4, do_sample=False)
+def resident() -> int:
+    """Bytes of this process in the host's memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+@pytest.mark.parametrize("kind", ["ngram", "assistant"])
+def test_a_thousand_calls_take_no_more_memory_than_twenty(kind: str, fresh_compiler: None) -> None:
+    """In turn of two rows and of one, each of which captures a step in the place of the other's."""
+    model = on_cuda(tiny("llama"))
+    draft = "ngram" if kind == "ngram" else on_cuda(noisy_copy("llama"))
+    batches = [inputs(2), inputs(2), inputs(1)]
+    expected = [model.generate(**each, max_new_tokens=4, do_sample=False) for each in batches]
+    taken, host = [], []
     for call in range(1000):
-        assert torch.equal(speculate(model, given, "ngram", max_new_tokens=4).sequences, expected)
-        if call in (9, 999):
+        given, tokens = batches[call % 3], expected[call % 3]
+        assert torch.equal(speculate(model, given, draft, max_new_tokens=4).sequences, tokens)
+        if call in (20, 998):
+            gc.collect()
             torch.cuda.synchronize()
             taken.append((torch.cuda.memory_allocated(), torch.cuda.memory_reserved()))
+            host.append(resident())
+    print(f"{kind}: device {taken}, host {host}")
     assert taken[0] == taken[1]
+    assert host[1] < host[0] + 2**26
 
 
 def test_two_models_take_turns(fresh_compiler: None) -> None:
