@@ -97,6 +97,48 @@ def test_captured_tokens_equal_plain_decoding(family: str, lowering: str, kind: 
         )
 
 
+def test_inductors_kernels_give_plain_tokens(fresh_compiler: None) -> None:
+    output = speculate("qwen3_5", 4, "ngram", "replay", options={}, compile=True, num_draft_tokens=4)
+    assert torch.equal(output.sequences, plain("qwen3_5", 4))
+
+
+@pytest.mark.parametrize("chunk", [2, 5])
+@pytest.mark.parametrize("lowering", LOWERINGS)
+@pytest.mark.parametrize("family", ["qwen3_5", "mamba2", "lfm2"])
+def test_chunks_shorter_than_the_padding(family: str, lowering: str, chunk: int) -> None:
+    """Of rows that share a prompt, which is read once, beside rows of other lengths."""
+    order = torch.tensor([0, 3, 3, 1])
+    given = {name: each[order] for name, each in inputs(4).items()}
+    tokens = specc.generate(
+        tiny(family),
+        **given,
+        draft=noisy_copy(family),
+        prefill_chunk_size=chunk,
+        max_new_tokens=20,
+        do_sample=False,
+        options={"inductor": False, "state_commit": lowering},
+        compile=False,
+    )
+    assert torch.equal(tokens, plain(family, 4, 20)[order])
+
+
+@pytest.mark.parametrize("lowering", LOWERINGS)
+@pytest.mark.parametrize(
+    ("target", "draft"), [("qwen3_5", "lfm2"), ("mamba2", "falcon_h1"), ("lfm2", "mamba2")]
+)
+def test_drafts_of_another_family(target: str, draft: str, lowering: str) -> None:
+    tokens = specc.generate(
+        tiny(target),
+        **inputs(4),
+        draft=tiny(draft),
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        options={"inductor": False, "state_commit": lowering},
+        compile=False,
+    )
+    assert torch.equal(tokens, plain(target, 4))
+
+
 @pytest.mark.parametrize("lowering", LOWERINGS)
 @pytest.mark.parametrize("family", RELATIVES)
 def test_relatives_give_plain_tokens(family: str, lowering: str) -> None:
