@@ -25,6 +25,8 @@ _LINES: dict[tuple[str, str] | str, dict[str, None]] = {}
 _COMMENT = re.compile(r"# .*Source Nodes: \[(.*?)\], Original ATen: \[(.*?)\]")
 # A comment stands over a call and what makes room for its result.
 _COMMENT_WITHIN = 12
+# More lines than this that an operator may come from say nothing.
+MOST_LINES = 3
 
 
 def remember(gm: GraphModule) -> None:
@@ -39,7 +41,8 @@ def remember(gm: GraphModule) -> None:
 def origin(error: BaseException) -> str:
     """Where an error came up: the operator, the model's line that calls it, the innermost line."""
     innermost = compat.innermost_line(error)
-    found = next(filter(None, map(_origin_of, _innermost_first(error.__traceback__))), None)
+    innermost_first = reversed(list(_frames(error.__traceback__)))
+    found = next(filter(None, map(_origin_of, innermost_first)), None)
     if found is None:
         return innermost
     operator, lines = found
@@ -53,11 +56,7 @@ def _operator(node: Node) -> str | None:
     return ".".join(str(node.target).split(".")[:2])
 
 
-def _innermost_first(trace: TracebackType | None) -> list[TracebackType]:
-    return list(_walk(trace))[::-1]
-
-
-def _walk(trace: TracebackType | None) -> Iterator[TracebackType]:
+def _frames(trace: TracebackType | None) -> Iterator[TracebackType]:
     while trace is not None:
         yield trace
         trace = trace.tb_next
@@ -75,8 +74,8 @@ def _origin_of(trace: TracebackType) -> tuple[str, list[str]] | None:
         return None
     # Of what is fused, the last is what is called.
     node, operator = (names.split(", ")[-1] for names in comments[-1].groups())
-    known = _LINES.get((operator, node)) or _LINES.get(operator) or ()
-    return operator, list(known)
+    known = list(_LINES.get((operator, node)) or _LINES.get(operator) or ())
+    return operator, known if len(known) <= MOST_LINES else []
 
 
 def _origin_in_graph(gm: GraphModule, line: str) -> tuple[str, list[str]] | None:

@@ -69,6 +69,8 @@ def test_a_node_of_inductors_code_is_found_by_name(monkeypatch: pytest.MonkeyPat
     lines = {"a.py:7: x.cpu()": None, "b.py:9: y.cpu()": None}
     monkeypatch.setitem(sources._LINES, ("aten._to_copy", "cpu"), lines)
     assert "aten._to_copy, called at a.py:7: x.cpu() or b.py:9: y.cpu(), in" in sources.origin(error)
+    lines |= {f"c.py:{number}: z.cpu()": None for number in range(sources.MOST_LINES)}
+    assert "called at" not in sources.origin(error)
 
 
 def test_elsewhere_it_is_the_innermost_line() -> None:
