@@ -114,13 +114,14 @@ def test_ten_thousand_rounds() -> None:
 
 
 def test_pools_beyond_32_bits() -> None:
-    """Slots, heads and entries further apart than 32 bits say, as far as the kernel takes them."""
-    batch, block = make_batch(SHORT, [Row(3, 20), Row(1, 7)], [2, 1]), make_block(SHORT, 2, 8)
+    """Slots further apart than 32 bits say; heads and entries that are, it does not take."""
+    shape = dataclasses.replace(SHORT, pool_rows=3)
+    batch, block = make_batch(shape, [Row(3, 20), Row(1, 7)], [2, 1]), make_block(shape, 2, 8)
     expected, pool = expected_replay(batch, block)
-    for name, spread in {"state": 2**30 + 64, "ring_k": 2**30 + 64, "ring_u": 2**30 + 64}.items():
+    for name in ("state", "ring_k", "ring_u", "ring_g"):
         there = batch.to("cuda")
         held = getattr(there.pool, name)
-        strides = spread, *held.stride()[1:]
+        strides = 2**30 + 64, *held.stride()[1:]
         size = sum((n - 1) * s for n, s in zip(held.shape, strides, strict=True)) + 1
         memory = torch.empty(size, device="cuda", dtype=held.dtype)
         assert size > 2**31
@@ -128,8 +129,8 @@ def test_pools_beyond_32_bits() -> None:
         moved = tuple(each.cuda() for each in block)
         form = replay_form(moved, there.pool.state, there.pool.tensors()[1:], 16, exact=False)
         assert form is kernels
-        assert_close(operator(*there.replay(moved, exact=False)), expected, tolerance(SHORT))
-        assert_pool(there.pool, pool, SHORT, exact=False)
+        assert_close(operator(*there.replay(moved, exact=False)), expected, tolerance(shape))
+        assert_pool(there.pool, pool, shape, exact=False)
 
 
 def test_entries_too_far_apart_for_32_bits_go_elsewhere() -> None:
