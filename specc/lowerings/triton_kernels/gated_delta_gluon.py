@@ -124,6 +124,49 @@ def _norms(squares, WARPS: gl.constexpr, L2NORM: gl.constexpr):
 
 
 @gluon.jit
+def _system(
+    x_shared, fresh_row, fresh_column, rate_row, column_new, scale,
+    CHUNKS: gl.constexpr, WARPS: gl.constexpr, L2NORM: gl.constexpr,
+):  # fmt: skip
+    """What keys and queries take from earlier keys of the block; their inverse norms by rows, queries'
+    scaled, and by columns; the decay up to and with each, by rows and by columns.
+    """
+    row = gl.arange(0, 16, layout=gl.SliceLayout(1, accumulator(WARPS)))
+    column = gl.arange(0, 16, layout=gl.SliceLayout(0, accumulator(WARPS)))
+    squares = _squares(x_shared, CHUNKS, WARPS)
+    diagonal = gl.where(row[:, None] == column[None, :], squares, 0.0)
+    norm_row = _inverse_norm(gl.sum(diagonal, 1), L2NORM)
+    norm_column = _inverse_norm(gl.sum(diagonal, 0), L2NORM)
+    x_norm = gl.where(row >= 8, norm_row * scale, norm_row)
+    passed_row = gl.sum(gl.where(column[None, :] <= (row % 8)[:, None], fresh_column[None, :], 0.0), 1)
+    passed_column = gl.sum(gl.where(row[:, None] <= (column % 8)[None, :], fresh_row[:, None], 0.0), 0)
+    system = squares * (x_norm * rate_row)[:, None] * norm_column[None, :]
+    system = system * gl.exp(gl.minimum(passed_row[:, None] - passed_column[None, :], 0.0))
+    earlier = (column[None, :] < (row % 8 + (row >= 8).to(gl.int32))[:, None]) & column_new[None, :]
+    return gl.where(earlier, system, 0.0), x_norm, norm_column, passed_row, passed_column
+
+
+@gluon.jit
+def _solve(sums, system_shared, LAYOUT: gl.constexpr):
+    """Token by token, what each adds to the later ones. A row is one thread's."""
+    column = gl.arange(0, 16, layout=gl.SliceLayout(0, LAYOUT))
+    for i in gl.static_range(8):
+        one = gl.sum(gl.where(column[None, :] == i, sums, -0.0), 1)
+        later = ((column > i) & (column < 8)) | (column >= 8 + i)
+        added = sums + one[:, None] * system_shared.slice(i, 1).load(LAYOUT)
+        sums = gl.where(later[None, :], added, sums)
+    return sums
+
+
+@gluon.jit
+def _since(lost, WARPS: gl.constexpr):
+    """The decay up to and with each of 16 records, by columns; lost: by rows."""
+    row = gl.arange(0, 16, layout=gl.SliceLayout(1, accumulator(WARPS)))
+    column = gl.arange(0, 16, layout=gl.SliceLayout(0, accumulator(WARPS)))
+    return gl.sum(gl.where(row[:, None] <= column[None, :], lost[:, None], 0.0), 0)
+
+
+@gluon.jit
 def _add_records(sums, u, scores, x_norm, total, key_norm, since, COLUMNS: gl.constexpr, WARPS: gl.constexpr):
     """``sums`` and what records add to it, ``since`` being the decay up to and with each."""
     scores = scores * x_norm[:, None] * key_norm[None, :]
@@ -267,22 +310,14 @@ def _replay(
     x_shared = gl.allocate_shared_memory(gl.bfloat16, [CHUNKS, 16, CHUNK], KEYS_SHARED)
     x_whole = reinterpret(x_shared, [CHUNKS * 16, CHUNK])
     x_whole.store(x)
-    same = i_row[:, None] == i_column[None, :]
-    squares = _squares(x_shared, CHUNKS, WARPS)
-    diagonal = gl.where(same, squares, 0.0)
-    norm_row = _inverse_norm(gl.sum(diagonal, 1), L2NORM)
-    norm_column = _inverse_norm(gl.sum(diagonal, 0), L2NORM)
-    x_norm = gl.where(row_query, norm_row * scale, norm_row)
-    passed_row = gl.sum(gl.where(i_column[None, :] <= row_token[:, None], fresh_column[None, :], 0.0), 1)
-    passed_column = gl.sum(gl.where(i_row[:, None] <= column_token[None, :], fresh_row[:, None], 0.0), 0)
     rate_row = gl.where(row_query, 1.0, -rate_row)
     rate_column = gl.where(column_query, 1.0, -rate_column)
-    system = squares * (x_norm * rate_row)[:, None] * norm_column[None, :]
-    system = system * gl.exp(gl.minimum(passed_row[:, None] - passed_column[None, :], 0.0))
-    earlier = (i_column[None, :] < (row_token + row_query.to(gl.int32))[:, None]) & column_new[None, :]
+    system, x_norm, norm_column, passed_row, passed_column = _system(
+        x_shared, fresh_row, fresh_column, rate_row, column_new, scale, CHUNKS, WARPS, L2NORM
+    )
     # [earlier token, token], one half of which is zeros.
     system_shared = gl.allocate_shared_memory(gl.float32, [16, 16], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
-    system_shared.store(gl.permute(gl.where(earlier, system, 0.0), (1, 0)))
+    system_shared.store(gl.permute(system, (1, 0)))
 
     # What records add.
     total_row = passed_row + gl.sum(decay, 0)
@@ -291,7 +326,7 @@ def _replay(
     reinterpret(keys_shared, [CHUNKS * 16, CHUNK]).store(keys)
     scores, squares = _scores(x_shared, keys_shared, CHUNKS, WARPS)
     key_norm = _norms(squares, WARPS, L2NORM)
-    since = gl.sum(gl.where(i_row[:, None] <= i_column[None, :], lost[:, None], 0.0), 0)
+    since = _since(lost, WARPS)
     sums = to_accumulator(-values.to(gl.float32), COLUMNS, 16, WARPS)
     sums = _add_records(sums, u, scores, x_norm, total_row, key_norm, since, COLUMNS, WARPS)
     seen = gl.sum(lost, 0)
@@ -303,7 +338,7 @@ def _replay(
         some_shared = gl.allocate_shared_memory(gl.bfloat16, [CHUNKS, 16, CHUNK], KEYS_SHARED)
         reinterpret(some_shared, [CHUNKS * 16, CHUNK]).store(some)
         scores, squares = _scores(x_shared, some_shared, CHUNKS, WARPS)
-        ages = seen + gl.sum(gl.where(i_row[:, None] <= i_column[None, :], lost[:, None], 0.0), 0)
+        ages = seen + _since(lost, WARPS)
         sums = _add_records(
             sums, more, scores, x_norm, total_row, _norms(squares, WARPS, L2NORM), ages, COLUMNS, WARPS,
         )  # fmt: skip
@@ -332,15 +367,9 @@ def _replay(
         )  # fmt: skip
     sums = by_state * factor[None, :] + to_accumulator(sums_shared.load(SUMS), COLUMNS, 16, WARPS)
 
-    # A row is one thread's from here on: token by token, what each adds to the later ones.
-    result = gl.convert_layout(to_memory(sums, COLUMNS, 16, WARPS), WHOLE)
+    result = _solve(gl.convert_layout(to_memory(sums, COLUMNS, 16, WARPS), WHOLE), system_shared, WHOLE)
     lane_v = tile * COLUMNS + gl.arange(0, COLUMNS, layout=gl.SliceLayout(1, WHOLE))
     column = gl.arange(0, 16, layout=gl.SliceLayout(0, WHOLE))
-    for i in gl.static_range(8):
-        one = gl.sum(gl.where(column[None, :] == i, result, -0.0), 1)
-        later = ((column > i) & (column < 8)) | (column >= 8 + i)
-        added = result + one[:, None] * system_shared.slice(i, 1).load(WHOLE)
-        result = gl.where(later[None, :], added, result)
     token = column % 8
     out_at = out + (row * tokens * heads + head) * V + (lane_v[:, None] + (token * (heads * V))[None, :])
     gl.store(out_at, result.to(out.dtype.element_ty), mask=((column >= 8) & (token < tokens))[None, :])
