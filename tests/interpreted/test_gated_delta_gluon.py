@@ -42,7 +42,7 @@ def replay(batch: Batch, block: tuple[Tensor, ...], many: bool = False) -> Tenso
 
 
 @pytest.mark.parametrize("many", [False, True])
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(call=short_calls(), narrow=st.booleans())
 def test_replay(call: Call, narrow: bool, many: bool) -> None:
     batch, (q, k, v, g, beta) = call.make()

@@ -97,6 +97,7 @@ def test_captured_tokens_equal_plain_decoding(family: str, lowering: str, kind: 
         )
 
 
+@pytest.mark.exhaustive
 def test_inductors_kernels_give_plain_tokens(fresh_compiler: None) -> None:
     output = speculate("qwen3_5", 4, "ngram", "replay", options={}, compile=True, num_draft_tokens=4)
     assert torch.equal(output.sequences, plain("qwen3_5", 4))

@@ -411,8 +411,6 @@ def test_while_debugging_a_weight_that_moves_is_named(caplog: pytest.LogCaptureF
 
 BUFFERS = {
     "the batch's text": lambda space: (space.state, "text"),
-    "the model's seq_lens": lambda space: (space.target.cache._everyone, "seq_lens"),
-    "the model's last_position": lambda space: (space.target, "_last_position"),
     "the draft model's layer 0 ring 1": lambda space: (
         space.drafter._assistant.cache.recurrent.layers[0].rings, 1
     ),
@@ -423,7 +421,7 @@ BUFFERS = {
 def test_while_debugging_a_buffer_of_the_step_that_moves_is_named(
     name: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The batch's, the pools' and those of a recurrent draft model."""
+    """The batch's, and those of a recurrent draft model."""
     spaces: list[Workspace] = []
     captured = Workspace.captured
     monkeypatch.setattr(
